@@ -1,0 +1,11 @@
+"""The one exception type of the plugin."""
+
+from __future__ import annotations
+
+
+class KAFError(RuntimeError):
+    """Bad input or a broken environment.
+
+    The message names the file or option, what was found, what was expected, and the fix. Command-line tools show the
+    message without a traceback; inside nnU-Net's commands it is the last line of the traceback.
+    """
