@@ -1,0 +1,139 @@
+"""`KAFConfig`: everything that defines the keypoint-augmented fusion layers, in one frozen record.
+
+The record is written into the `kaf` block of nnU-Net's plans (`architecture.arch_kwargs.kaf`) and saved with every
+model, complete, so that a later change of a default never changes an old model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nnunetv2_kaf.errors import KAFError
+
+FUSIONS = ("add", "concat")
+
+
+@dataclass(frozen=True)
+class KAFConfig:
+    """The keypoint-augmented fusion layers of a `KAFUNet`.
+
+    The defaults are the cheap form; `KAFConfig.paper()` gives the widths and depths of the paper (Yang et al., NeurIPS
+    2023, section 3.1), whose feature map is the same operator with two convolutions and a normalisation in between.
+
+    Attributes:
+        num_keypoints: K, keypoints per sample; fewer detections are padded and masked, more are cut to the strongest.
+        levels: encoder levels that carry a layer (0 = full resolution); None = every level but the bottleneck.
+        token_dim: D, width of the keypoint tokens.
+        num_blocks: self-attention blocks per level.
+        num_heads: attention heads; must divide `token_dim`.
+        mlp_ratio: width of the blocks' residual MLP, in multiples of D.
+        position_hidden: hidden widths of the position encoding's MLP.
+        fusion: "add" (zero-initialised residual) or "concat" (the paper's).
+        diffusion_channels: None = one convolution D -> C of the scattered tokens; a number H = the paper's
+            conv D -> H, instance norm, ReLU, conv H -> C.
+        detection_channels: input channels that keypoints are detected in; the image channels, never a cascade's
+            one-hot segmentation.
+        detection_scales: standard deviations of the Gaussian scale space, in multiples of the finest voxel spacing;
+            at least three, ascending.
+        detection_threshold: smallest difference-of-Gaussians response of a keypoint, in multiples of the standard
+            deviation of its channel in the patch.
+
+    Raises:
+        KAFError: a value is out of range; the message names the option.
+    """
+
+    num_keypoints: int = 256
+    levels: tuple[int, ...] | None = None
+    token_dim: int = 96
+    num_blocks: int = 2
+    num_heads: int = 4
+    mlp_ratio: float = 2.0
+    position_hidden: tuple[int, ...] = (64,)
+    fusion: str = "add"
+    diffusion_channels: int | None = None
+    detection_channels: tuple[int, ...] = (0,)
+    detection_scales: tuple[float, ...] = (0.8, 1.27, 2.02, 3.2)
+    detection_threshold: float = 0.03
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in ("num_keypoints", "token_dim", "num_blocks", "num_heads"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 1, name, value, "a whole number of at least 1")
+        _require(self.token_dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of {self.token_dim}")
+        _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "a number above 0")
+        _require(self.fusion in FUSIONS, "fusion", self.fusion, f"one of {FUSIONS}")
+        if self.levels is not None:
+            ok = all(_is_int(i) and i >= 0 for i in self.levels) and len(set(self.levels)) == len(self.levels)
+            _require(ok and len(self.levels) > 0, "levels", self.levels, "distinct encoder levels from 0 up, or null")
+        if self.diffusion_channels is not None:
+            ok = _is_int(self.diffusion_channels) and self.diffusion_channels >= 1
+            _require(ok, "diffusion_channels", self.diffusion_channels, "a whole number of at least 1, or null")
+        _require(
+            all(_is_int(i) and i >= 1 for i in self.position_hidden),
+            "position_hidden",
+            self.position_hidden,
+            "widths of at least 1",
+        )
+        _require(
+            len(self.detection_channels) > 0 and all(_is_int(i) and i >= 0 for i in self.detection_channels),
+            "detection_channels",
+            self.detection_channels,
+            "at least one channel index from 0 up",
+        )
+        scales = self.detection_scales
+        ascending = all(a < b for a, b in zip(scales, scales[1:], strict=False))
+        _require(
+            len(scales) >= 3 and scales[0] > 0 and ascending, "detection_scales", scales, "three or more, ascending"
+        )
+        _require(self.detection_threshold >= 0, "detection_threshold", self.detection_threshold, "0 or more")
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> KAFConfig:
+        """The paper's layer: D = 256, 18 blocks, conv 256 -> 64 -> C, concatenation (NeurIPS 2023, section 3.1)."""
+        paper: dict[str, Any] = {
+            "token_dim": 256,
+            "num_blocks": 18,
+            "position_hidden": (32, 64, 128, 256),
+            "fusion": "concat",
+            "diffusion_channels": 64,
+        }
+        return cls(**{**paper, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON types (tuples become lists); the inverse of `from_dict`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> KAFConfig:
+        """Read a `kaf` block.
+
+        Args:
+            block: JSON types; fields that are absent take today's default.
+
+        Raises:
+            KAFError: a key is unknown or a value is out of range.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(block) - set(known))
+        if unknown:
+            raise KAFError(
+                f"unknown key(s) {unknown} in the plans' kaf block (architecture.arch_kwargs.kaf); known keys are "
+                f"{known}. Fix the spelling, or install the nnunetv2-kaf version that wrote these plans."
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in block.items()})
+
+
+PRESETS = {"default": KAFConfig, "paper": KAFConfig.paper}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(ok: bool, option: str, found: object, expected: str) -> None:
+    if not ok:
+        raise KAFError(f"kaf option {option}: found {found!r}, expected {expected}. Correct it in the plans' kaf block.")

@@ -1,0 +1,164 @@
+"""Keypoint detection: image (B, C, *S) -> coordinates (B, K, D) and a validity mask (B, K).
+
+Difference-of-Gaussians extrema in scale space (Lowe, IJCV 2004; Lindeberg, IJCV 1998), dimension generic, in pure torch
+with fixed shapes, so that the same points are found in pretraining, training and prediction, and `torch.compile` sees
+no data-dependent size.
+
+Rule for several channels: each detection channel is measured in units of its own standard deviation in the patch, and a
+voxel's response is the largest one over the channels. The channels are the image channels; the one-hot segmentation
+channels that a cascade appends are never among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnunetv2_kaf.config import KAFConfig
+from nnunetv2_kaf.errors import KAFError
+
+# Responses below this fraction of the largest intensity are rounding of the blur, not structure.
+_ROUNDING = 1e-4
+
+
+class Keypoints(NamedTuple):
+    """Keypoints of a batch, strongest first.
+
+    Attributes:
+        coords: (B, K, D) float32, input voxels, array order, voxel centres at integers (see `coordinates`).
+        valid: (B, K) bool; invalid points have coordinate 0 and take part in nothing.
+        score: (B, K) float32, difference-of-Gaussians response in standard deviations; 0 where invalid.
+    """
+
+    coords: Tensor
+    valid: Tensor
+    score: Tensor
+
+
+def gaussian_kernel(sigma: float) -> Tensor:
+    """Sampled Gaussian of `sigma` voxels, normalised, radius ceil(3 sigma); the identity for a sigma under 0.1."""
+    radius = math.ceil(3 * sigma) if sigma >= 0.1 else 0
+    x = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (x / max(sigma, 1e-6)) ** 2)
+    return (weights / weights.sum()).float()
+
+
+def _blur_axis(x: Tensor, kernel: Tensor, axis: int) -> Tensor:
+    """Convolve (N, 1, *S) along one spatial axis; the border voxel is repeated outward."""
+    ndim = x.ndim - 2
+    radius = (kernel.numel() - 1) // 2
+    padding = [0, 0] * ndim
+    padding[2 * (ndim - 1 - axis)] = padding[2 * (ndim - 1 - axis) + 1] = radius
+    shape = [1] * (ndim + 2)
+    shape[axis + 2] = kernel.numel()
+    conv = functional.conv3d if ndim == 3 else functional.conv2d
+    return conv(functional.pad(x, padding, mode="replicate"), kernel.to(x.dtype).view(shape))
+
+
+def _max_pool(x: Tensor, ndim: int) -> Tensor:
+    """Maximum over each voxel's 3^D neighbourhood of (B, N, *S)."""
+    pool = functional.max_pool3d if ndim == 3 else functional.max_pool2d
+    return pool(x, kernel_size=3, stride=1, padding=1)
+
+
+class KeypointDetector(nn.Module):
+    """The strongest K scale-space extrema of an image.
+
+    No parameters, no gradient, deterministic. The scales are fixed in millimetres: along an axis of coarse spacing the
+    Gaussian spans correspondingly fewer voxels, so a 10 mm slice axis is not blurred like a 1.5 mm one.
+
+    Args:
+        config: number of keypoints, channels, scales and threshold.
+        spacing: D voxel spacings in mm, array order.
+    """
+
+    def __init__(self, config: KAFConfig, spacing: Sequence[float]) -> None:
+        super().__init__()
+        self.num_keypoints = config.num_keypoints
+        self.channels = list(config.detection_channels)
+        self.threshold = config.detection_threshold
+        self.num_scales = len(config.detection_scales)
+        self.ndim = len(spacing)
+        previous = 0.0
+        for i, scale in enumerate(config.detection_scales):
+            # each scale is blurred from the one before it: variances add
+            sigma_mm = math.sqrt(scale**2 - previous**2) * min(spacing)
+            previous = scale
+            for axis, mm in enumerate(spacing):
+                self.register_buffer(f"kernel_{i}_{axis}", gaussian_kernel(sigma_mm / mm), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Keypoints:
+        """Detect.
+
+        Args:
+            image: (B, C, *S), any floating type; computed in float32.
+
+        Returns:
+            Keypoints of B samples; a sample's points depend on that sample alone.
+
+        Raises:
+            KAFError: the image has too few channels or voxels, or the wrong number of axes.
+        """
+        self._check(image)
+        batch, shape = image.shape[0], image.shape[2:]
+        # autocast would run the blur in half precision and move the extrema
+        with torch.autocast(image.device.type, enabled=False):
+            channels = image[:, self.channels].float()
+            score = self._scores(channels).flatten(1)
+        score, index = torch.topk(score, self.num_keypoints, dim=1)
+        valid = score > 0
+        axes = []
+        for n in reversed(shape):
+            axes.append(index % n)
+            index = torch.div(index, n, rounding_mode="floor")
+        coords = torch.stack(axes[::-1], dim=-1).float() * valid.unsqueeze(-1)
+        return Keypoints(coords.reshape(batch, self.num_keypoints, len(shape)), valid, score)
+
+    def _scores(self, channels: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, *S): response where a voxel is an extremum in space and scale, else 0."""
+        spatial = list(range(2, channels.ndim))
+        deviation = channels.std(dim=spatial, keepdim=True, correction=0)
+        floor = channels.abs().amax(dim=spatial, keepdim=True) * _ROUNDING
+        response = self._difference_of_gaussians(channels)
+        lowest = torch.maximum(self.threshold * deviation, floor).unsqueeze(2)
+        response = torch.where(response > lowest, response, 0.0)
+        response = response / deviation.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)
+        response = response.amax(dim=1)
+        neighbourhood = _max_pool(response, self.ndim)
+        # scales above and below; the outermost ones have one neighbour only
+        padded = functional.pad(neighbourhood.flatten(2), (0, 0, 1, 1))
+        over_scales = functional.max_pool1d(padded.transpose(1, 2).flatten(0, 1), kernel_size=3, stride=1)
+        over_scales = over_scales.unflatten(0, (response.shape[0], -1)).transpose(1, 2).view_as(response)
+        extremum = (response > 0) & (response >= over_scales)
+        return torch.where(extremum, response, 0.0).amax(dim=1)
+
+    def _difference_of_gaussians(self, channels: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, C, scales - 1, *S), absolute values."""
+        blurred = channels.flatten(0, 1).unsqueeze(1)
+        levels = []
+        for i in range(self.num_scales):
+            for axis in range(self.ndim):
+                blurred = _blur_axis(blurred, self.get_buffer(f"kernel_{i}_{axis}"), axis)
+            levels.append(blurred)
+        stack = torch.cat(levels, dim=1)
+        return (stack[:, 1:] - stack[:, :-1]).abs().unflatten(0, channels.shape[:2])
+
+    def _check(self, image: Tensor) -> None:
+        if image.ndim != self.ndim + 2:
+            raise KAFError(f"keypoint detection expects (B, C) and {self.ndim} axes, got shape {tuple(image.shape)}")
+        if image.shape[1] <= max(self.channels):
+            raise KAFError(
+                f"kaf option detection_channels: found {self.channels}, but the input has {image.shape[1]} channel(s)"
+            )
+        voxels = math.prod(image.shape[2:])
+        if voxels < self.num_keypoints:
+            raise KAFError(
+                f"kaf option num_keypoints: found {self.num_keypoints}, more than the {voxels} voxels of an input of "
+                f"shape {tuple(image.shape[2:])}. Lower num_keypoints in the plans' kaf block."
+            )
