@@ -1,0 +1,47 @@
+# Needs Python >= 3.10 and git. Every target sets up its own virtual environment first.
+PYTHON ?= python3
+VENV   ?= .venv
+DATA   ?=
+CONFIG ?= 3d_fullres
+DEVICE ?= auto
+OUTPUT ?= demo_output
+PYTEST ?=
+
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean-demo
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+	@echo
+	@echo "  make demo DATA=/path/to/Dataset123_Name CONFIG=2d DEVICE=cuda OUTPUT=demo_output"
+	@echo "  make test PYTEST='-m \"not integration\"'"
+
+demo: $(VENV)/.installed ## Plan, pretrain, train, predict and evaluate, on phantoms or on DATA=<nnU-Net raw dataset folder>
+	@$(BIN)/python examples/demo.py --data "$(DATA)" --configuration $(CONFIG) --device $(DEVICE) --output "$(OUTPUT)"
+
+test: lint ## Lint, type check and run all tests
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.installed-test ## Lint and type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy examples
+
+clean-demo: ## Delete everything that the demo made
+	rm -rf -- "$(OUTPUT)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than Python 3.10; run make with PYTHON=/path/to/python3.x"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.installed
