@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from nnunetv2_kaf.errors import KAFError
@@ -85,7 +86,7 @@ class KAFConfig:
             "at least one channel index from 0 up",
         )
         scales = self.detection_scales
-        ascending = all(a < b for a, b in zip(scales, scales[1:], strict=False))
+        ascending = all(a < b for a, b in pairwise(scales))
         _require(
             len(scales) >= 3 and scales[0] > 0 and ascending, "detection_scales", scales, "three or more, ascending"
         )
@@ -124,7 +125,11 @@ class KAFConfig:
                 f"unknown key(s) {unknown} in the plans' kaf block (architecture.arch_kwargs.kaf); known keys are "
                 f"{known}. Fix the spelling, or install the nnunetv2-kaf version that wrote these plans."
             )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in block.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in block.items()}
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise KAFError(f"the plans' kaf block holds a value of the wrong type: {dict(block)} ({error})") from error
 
 
 PRESETS = {"default": KAFConfig, "paper": KAFConfig.paper}
@@ -136,4 +141,6 @@ def _is_int(value: object) -> bool:
 
 def _require(ok: bool, option: str, found: object, expected: str) -> None:
     if not ok:
-        raise KAFError(f"kaf option {option}: found {found!r}, expected {expected}. Correct it in the plans' kaf block.")
+        raise KAFError(
+            f"kaf option {option}: found {found!r}, expected {expected}. Correct it in the plans' kaf block."
+        )

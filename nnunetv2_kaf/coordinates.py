@@ -111,7 +111,9 @@ def voxel_index(coords: Tensor, shape: Sequence[int], stride: Sequence[int]) -> 
         KAFError: the numbers of axes differ.
     """
     if not coords.shape[-1] == len(shape) == len(stride):
-        raise KAFError(f"coordinates have {coords.shape[-1]} axes, the feature map {len(shape)}, the stride {len(stride)}")
+        raise KAFError(
+            f"coordinates have {coords.shape[-1]} axes, the feature map {len(shape)}, the stride {len(stride)}"
+        )
     level = rescale(coords, [1.0] * len(stride), [float(s) for s in stride])
     index = torch.zeros(coords.shape[:-1], dtype=torch.int64, device=coords.device)
     for d, n in enumerate(shape):

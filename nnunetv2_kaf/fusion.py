@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class Diffusion(nn.Module):
 
     def __init__(self, token_dim: int, channels: int, hidden: int | None, kernel_size: Sequence[int]) -> None:
         super().__init__()
-        conv_op = nn.Conv3d if len(kernel_size) == 3 else nn.Conv2d
-        norm_op = nn.InstanceNorm3d if len(kernel_size) == 3 else nn.InstanceNorm2d
+        conv_op: Any = nn.Conv3d if len(kernel_size) == 3 else nn.Conv2d
+        norm_op: Any = nn.InstanceNorm3d if len(kernel_size) == 3 else nn.InstanceNorm2d
         kernel = tuple(kernel_size)
         padding = [k // 2 for k in kernel]
         first = channels if hidden is None else hidden
@@ -83,7 +84,9 @@ class KAFLayer(nn.Module):
         self.spacing = tuple(spacing)
         self.project = nn.Linear(channels, dim)
         self.position = PositionEncoding(len(self.spacing), config.position_hidden, dim)
-        self.blocks = nn.ModuleList(SelfBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(
+            SelfBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks)
+        )
         self.norm = nn.LayerNorm(dim)
         self.diffusion = Diffusion(dim, channels, config.diffusion_channels, kernel_size)
         self.initialize()

@@ -134,7 +134,7 @@ class KeypointDetector(nn.Module):
         # scales above and below; the outermost ones have one neighbour only
         padded = functional.pad(neighbourhood.flatten(2), (0, 0, 1, 1))
         over_scales = functional.max_pool1d(padded.transpose(1, 2).flatten(0, 1), kernel_size=3, stride=1)
-        over_scales = over_scales.unflatten(0, (response.shape[0], -1)).transpose(1, 2).view_as(response)
+        over_scales = over_scales.view(response.shape[0], -1, response.shape[1]).transpose(1, 2).view_as(response)
         extremum = (response > 0) & (response >= over_scales)
         return torch.where(extremum, response, 0.0).amax(dim=1)
 
@@ -147,7 +147,8 @@ class KeypointDetector(nn.Module):
                 blurred = _blur_axis(blurred, self.get_buffer(f"kernel_{i}_{axis}"), axis)
             levels.append(blurred)
         stack = torch.cat(levels, dim=1)
-        return (stack[:, 1:] - stack[:, :-1]).abs().unflatten(0, channels.shape[:2])
+        difference = (stack[:, 1:] - stack[:, :-1]).abs()
+        return difference.view(*channels.shape[:2], *difference.shape[1:])
 
     def _check(self, image: Tensor) -> None:
         if image.ndim != self.ndim + 2:

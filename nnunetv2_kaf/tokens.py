@@ -1,7 +1,7 @@
 """From feature map to keypoint tokens and back.
 
-`gather` reads one feature vector per keypoint; `scatter` writes tokens into an empty map. Several keypoints on one voxel
-are averaged: the rule does not depend on their order, on the device, or on the other samples of the batch.
+`gather` reads one feature vector per keypoint; `scatter` writes tokens into an empty map. Several keypoints on one
+voxel are averaged: the rule does not depend on their order, on the device, or on the other samples of the batch.
 """
 
 from __future__ import annotations

@@ -130,13 +130,16 @@ class KAFEncoder(nn.Module):
         """Activations per sample of the convolutions and the KAF layers: nnU-Net's proxy for GPU memory."""
         output = np.int64(0)
         if self.stem is not None:
-            output += self.stem.compute_conv_feature_map_size(input_size)
+            stem: Any = self.stem
+            output += stem.compute_conv_feature_map_size(input_size)
+        block: Any
         for level, stage in enumerate(self.stages):
             block = stage[-1] if isinstance(stage, nn.Sequential) else stage
             output += block.compute_conv_feature_map_size(input_size)
             input_size = [i // j for i, j in zip(input_size, self.strides[level], strict=True)]
             if level in self.kaf_levels:
-                output += self.layers[str(level)].compute_conv_feature_map_size(input_size)
+                block = self.layers[str(level)]
+                output += block.compute_conv_feature_map_size(input_size)
         return output
 
 
@@ -180,7 +183,9 @@ class KAFUNet(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if (n_conv_per_stage is None) == (n_blocks_per_stage is None):
-            raise KAFError("architecture.arch_kwargs: expected n_conv_per_stage (plain) or n_blocks_per_stage (residual)")
+            raise KAFError(
+                "architecture.arch_kwargs: expected n_conv_per_stage (plain) or n_blocks_per_stage (residual)"
+            )
         plain = n_conv_per_stage is not None
         depth_name = "n_conv_per_stage" if plain else "n_blocks_per_stage"
         per_stage = {

@@ -1,0 +1,293 @@
+"""`nnUNetTrainerKAF`: nnU-Net's trainer with the KAF network, its pretrained encoder and a warm-up schedule.
+
+Hooks only: every method either calls nnU-Net's own or is one that nnU-Net documents as replaceable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.plans import check_configuration, is_kaf, kaf_plans, pretraining_folder
+from nnunetv2_kaf.weights import LoadReport, load_encoder
+
+PRETRAINED_VARIABLE = "KAF_PRETRAINED"
+INITIALIZATION_FILE = "kaf_initialization.json"
+
+
+class WarmupPolyLRScheduler(PolyLRScheduler):  # type: ignore[misc]
+    """nnU-Net's polynomial decay after a linear warm-up, stepped once an epoch.
+
+    Args:
+        optimizer: the optimiser.
+        initial_lr: learning rate at the end of the warm-up.
+        max_steps: epochs.
+        warmup: epochs of warm-up; 0 gives nnU-Net's own schedule.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, max_steps: int, warmup: int) -> None:
+        self.warmup, self.peak_lr = warmup, initial_lr
+        super().__init__(optimizer, initial_lr, max_steps)
+
+    def step(self, current_step: int | None = None) -> None:
+        """Set the learning rate of epoch `current_step`."""
+        ramp = 1.0
+        if current_step is not None and current_step < self.warmup:
+            ramp = (current_step + 1) / (self.warmup + 1)
+        self.initial_lr = self.peak_lr * ramp
+        super().step(current_step)
+
+
+class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
+    """Trains a `KAFUNet`, on KAF plans or on plain ones, from a pretraining checkpoint or from scratch.
+
+    - Plain and residual-encoder plans: the UNet is replaced by a `KAFUNet` with the same stages; the plans saved with
+      the model name the network completely. A model folder that already holds KAF plans keeps its own layers.
+    - A new training starts from the pretraining checkpoint of its dataset, plans and configuration, if there is one:
+      first of its own fold, then of fold "all". `KAF_PRETRAINED=<path>` names another, `KAF_PRETRAINED=none` none.
+      `kaf_initialization.json` in the fold's folder records the file, its SHA-256 and the tensors.
+    - The learning rate warms up over the first twentieth of the epochs (50 of 1000, as in nnU-Net's own warm-up
+      trainer): the decoder and the fusion start at random, and their first large gradients, kept alive by a
+      momentum of 0.99, would undo a pretrained encoder.
+    """
+
+    use_pretraining: ClassVar[bool] = True
+    schedule_epochs: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  # nnU-Net's signature
+    ) -> None:
+        """See nnU-Net.
+
+        Raises:
+            KAFError: the plans cannot carry KAF layers, or their kaf block is wrong.
+        """
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.schedule_epochs is not None:
+            self.num_epochs = self.schedule_epochs
+        self._use_plans(self._substitute(plans))
+        self.kaf_config = check_configuration(plans, configuration)
+
+    def _substitute(self, plans: dict[str, Any]) -> dict[str, Any]:
+        """The plans with `KAFUNet`s: as given, as saved with this model, or with the default layers."""
+        if is_kaf(plans, self.configuration_name):
+            return plans
+        saved_file = Path(str(self.output_folder_base)) / "plans.json"
+        if saved_file.is_file():
+            saved: dict[str, Any] = json.loads(saved_file.read_text())
+            if self.configuration_name in saved["configurations"] and is_kaf(saved, self.configuration_name):
+                self.print_to_log_file(f"KAF: network as saved with this model in {saved_file}")
+                kept = {name: c.get("architecture") for name, c in saved["configurations"].items()}
+                out = kaf_plans(plans)
+                for name, own in out["configurations"].items():
+                    if kept.get(name) is not None:
+                        own["architecture"] = kept[name]
+                return out
+        out = kaf_plans(plans)
+        check_configuration(out, self.configuration_name)
+        replaced = self.configuration_manager.network_arch_class_name.rsplit(".", 1)[-1]
+        self.print_to_log_file(
+            f"KAF: replaced the {replaced} of {self.plans_manager.plans_name} by KAFUNet, keypoint fusion "
+            f"{_kaf_block(out, self.configuration_name)}"
+        )
+        return out
+
+    def _use_plans(self, plans: dict[str, Any]) -> None:
+        """Replace the plans everywhere: in the managers, and in what checkpoints store."""
+        self.my_init_kwargs["plans"].update(plans)
+        self.plans_manager = PlansManager(self.my_init_kwargs["plans"])
+        self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
+
+    def initialize(self) -> None:
+        """See nnU-Net.
+
+        Raises:
+            KAFError: the configuration's data are not preprocessed.
+        """
+        folder = self.preprocessed_dataset_folder
+        if folder is not None and not os.path.isdir(folder):
+            raise KAFError(
+                f"the preprocessed data {folder} do not exist. Run: nnUNetv2_preprocess -d "
+                f"{self.plans_manager.dataset_name} -plans_name {self.plans_manager.plans_name} "
+                f"-c {self.configuration_name}"
+            )
+        super().initialize()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """nnU-Net's optimiser; its schedule with a warm-up."""
+        optimizer, _ = super().configure_optimizers()
+        return optimizer, WarmupPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, self.num_epochs // 20)
+
+    def on_train_start(self) -> None:
+        """Initialise a new training from its pretraining checkpoint, then see nnU-Net.
+
+        A trainer that is initialised already continues a training (`--c`) or was given `-pretrained_weights`.
+        """
+        if not self.was_initialized:
+            self.initialize()
+            self._record(self._load_pretraining())
+        elif self.current_epoch == 0:
+            self._record(LoadReport(None, None, {}, "weights given to nnU-Net with -pretrained_weights"))
+        super().on_train_start()
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint, written beside the old one and then renamed: a full disk never costs the last one.
+
+        Raises:
+            KAFError: the file could not be written.
+        """
+        temporary = f"{filename}.tmp"
+        try:
+            super().save_checkpoint(temporary)
+            if os.path.isfile(temporary):
+                os.replace(temporary, filename)
+        except (OSError, RuntimeError) as error:
+            Path(temporary).unlink(missing_ok=True)
+            raise KAFError(
+                f"could not save {filename}: {error}. The previous checkpoint is untouched. Free some disk space, then "
+                "continue with --c."
+            ) from error
+
+    def _load_pretraining(self) -> LoadReport:
+        path, why = self._find_pretraining()
+        if path is None:
+            return LoadReport(None, None, {}, why)
+        report = load_encoder(_unwrapped(self.network), path, self.plans_manager.plans, self.configuration_name)
+        return LoadReport(report.source, report.sha256, report.tensors, f"{why}; {report.note}")
+
+    def _find_pretraining(self) -> tuple[Path | None, str]:
+        """The checkpoint to start from, and why."""
+        if not self.use_pretraining:
+            return None, f"{type(self).__name__} never loads a pretraining checkpoint"
+        chosen = os.environ.get(PRETRAINED_VARIABLE, "").strip()
+        if chosen.lower() == "none":
+            return None, f"{PRETRAINED_VARIABLE}=none"
+        if chosen:
+            return Path(chosen).expanduser(), f"{PRETRAINED_VARIABLE} names it"
+        name, plans = self.plans_manager.dataset_name, self.plans_manager.plans_name
+        for fold in (self.fold, "all"):
+            path = pretraining_folder(name, plans, self.configuration_name, fold) / "checkpoint_final.pth"
+            if path.is_file():
+                seen = "its pretraining saw the images of this fold's validation cases, without labels"
+                return path, "found at its standard place" + (f"; {seen}" if fold == "all" != self.fold else "")
+        base = pretraining_folder(name, plans, self.configuration_name, self.fold)
+        others = sorted(str(p) for p in base.parent.parent.glob("KAFPretraining__*/fold_*/checkpoint_final.pth"))
+        hint = f"; checkpoints of other plans, configurations or folds: {others}" if others else ""
+        return None, f"no pretraining checkpoint in {base} or fold_all{hint}"
+
+    def _record(self, report: LoadReport) -> None:
+        if self.local_rank != 0:
+            return
+        if report.source is None:
+            self.print_to_log_file(f"KAF: no pretraining checkpoint is loaded: {report.note}")
+        else:
+            self.print_to_log_file(
+                f"KAF: {sum(report.tensors.values())} tensors {report.tensors} initialised from {report.source} "
+                f"(SHA-256 {report.sha256}): {report.note}"
+            )
+        record = Path(self.output_folder) / INITIALIZATION_FILE
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+
+
+class nnUNetTrainerKAFScratch(nnUNetTrainerKAF):  # noqa: N801
+    """The same network and schedule, never from a pretraining checkpoint."""
+
+    use_pretraining: ClassVar[bool] = False
+
+
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel and torch.compile."""
+    inner: nn.Module = getattr(network, "module", network)
+    unwrapped: nn.Module = getattr(inner, "_orig_mod", inner)
+    return unwrapped
+
+
+def _kaf_block(plans: dict[str, Any], configuration: str) -> Any:
+    return PlansManager(plans).get_configuration(configuration).network_arch_init_kwargs["kaf"]
+
+
+class nnUNetTrainerKAF_1epoch(nnUNetTrainerKAF):  # noqa: N801
+    """`nnUNetTrainerKAF` for 1 epoch."""
+
+    schedule_epochs: ClassVar[int | None] = 1
+
+
+class nnUNetTrainerKAF_5epochs(nnUNetTrainerKAF):  # noqa: N801
+    """`nnUNetTrainerKAF` for 5 epochs."""
+
+    schedule_epochs: ClassVar[int | None] = 5
+
+
+class nnUNetTrainerKAF_20epochs(nnUNetTrainerKAF):  # noqa: N801
+    """`nnUNetTrainerKAF` for 20 epochs."""
+
+    schedule_epochs: ClassVar[int | None] = 20
+
+
+class nnUNetTrainerKAF_50epochs(nnUNetTrainerKAF):  # noqa: N801
+    """`nnUNetTrainerKAF` for 50 epochs."""
+
+    schedule_epochs: ClassVar[int | None] = 50
+
+
+class nnUNetTrainerKAF_100epochs(nnUNetTrainerKAF):  # noqa: N801
+    """`nnUNetTrainerKAF` for 100 epochs."""
+
+    schedule_epochs: ClassVar[int | None] = 100
+
+
+class nnUNetTrainerKAF_250epochs(nnUNetTrainerKAF):  # noqa: N801
+    """`nnUNetTrainerKAF` for 250 epochs."""
+
+    schedule_epochs: ClassVar[int | None] = 250
+
+
+class nnUNetTrainerKAFScratch_1epoch(nnUNetTrainerKAFScratch):  # noqa: N801
+    """`nnUNetTrainerKAFScratch` for 1 epoch."""
+
+    schedule_epochs: ClassVar[int | None] = 1
+
+
+class nnUNetTrainerKAFScratch_5epochs(nnUNetTrainerKAFScratch):  # noqa: N801
+    """`nnUNetTrainerKAFScratch` for 5 epochs."""
+
+    schedule_epochs: ClassVar[int | None] = 5
+
+
+class nnUNetTrainerKAFScratch_20epochs(nnUNetTrainerKAFScratch):  # noqa: N801
+    """`nnUNetTrainerKAFScratch` for 20 epochs."""
+
+    schedule_epochs: ClassVar[int | None] = 20
+
+
+class nnUNetTrainerKAFScratch_50epochs(nnUNetTrainerKAFScratch):  # noqa: N801
+    """`nnUNetTrainerKAFScratch` for 50 epochs."""
+
+    schedule_epochs: ClassVar[int | None] = 50
+
+
+class nnUNetTrainerKAFScratch_100epochs(nnUNetTrainerKAFScratch):  # noqa: N801
+    """`nnUNetTrainerKAFScratch` for 100 epochs."""
+
+    schedule_epochs: ClassVar[int | None] = 100
+
+
+class nnUNetTrainerKAFScratch_250epochs(nnUNetTrainerKAFScratch):  # noqa: N801
+    """`nnUNetTrainerKAFScratch` for 250 epochs."""
+
+    schedule_epochs: ClassVar[int | None] = 250
