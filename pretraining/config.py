@@ -1,0 +1,168 @@
+"""Options of one pretraining run: frozen, validated, JSON round trip; the CLI flags are generated from the fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nnunetv2_kaf.errors import KAFError
+
+
+def _option(
+    default: Any,
+    kind: type,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    changeable: bool = False,
+) -> Any:
+    """Dataclass field whose metadata drive validation and ``kaf-pretrain --help``.
+
+    Args:
+        default: default value; ``None`` means "derived from the plan" and is then allowed.
+        kind: ``int``, ``float`` or ``str``.
+        text: help text.
+        low: inclusive lower bound.
+        high: inclusive upper bound.
+        choices: allowed strings.
+        changeable: may differ when a run is continued (it does not change the result).
+    """
+    metadata = {
+        "kind": kind,
+        "help": text,
+        "low": low,
+        "high": high,
+        "choices": choices,
+        "optional": default is None,
+        "changeable": changeable,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """All options that determine the result of a pretraining run (besides data, plans, configuration and fold)."""
+
+    epochs: int = _option(50, int, "number of epochs", low=1)
+    iterations: int = _option(250, int, "optimiser steps per epoch", low=1)
+    batch_size: int | None = _option(
+        None, int, "pairs per step (two views each); default: the plan's batch size, at least 2, at most 32", low=1
+    )
+    seed: int = _option(0, int, "seed of the initial weights, the pairs and the augmentation", low=0)
+    save_every: int = _option(1, int, "epochs between two saves of checkpoint_latest.pth", low=1, changeable=True)
+
+    optimizer: str = _option("adamw", str, "optimiser", choices=("adamw", "sgd"))
+    learning_rate: float = _option(
+        1e-3, float, "peak learning rate; cosine to 0 (the paper: 0.002 with sgd)", low=1e-12
+    )
+    momentum: float = _option(0.9, float, "momentum (sgd), first moment (adamw)", low=0, high=0.9999)
+    weight_decay: float = _option(1e-5, float, "weight decay", low=0)
+    warmup: float = _option(0.05, float, "share of all steps with a linear warm-up of the learning rate", low=0, high=1)
+    clip_norm: float = _option(12.0, float, "gradients are clipped to this norm", low=1e-12)
+
+    temperature: float = _option(0.1, float, "temperature of the contrastive losses", low=1e-4)
+    position_threshold: float = _option(
+        0.1, float, "views at normalised positions closer than this (every axis) are global positives", low=0, high=1
+    )
+    weight_bottleneck: float = _option(1.0, float, "weight of the global loss on the pooled bottleneck", low=0)
+    weight_keypoints: float = _option(1.0, float, "weight of the global loss on the keypoint aggregate", low=0)
+    weight_local: float = _option(1.0, float, "weight of the local loss on corresponding keypoints", low=0)
+    projection_dim: int = _option(128, int, "size of the global embeddings", low=2)
+    descriptor_dim: int = _option(256, int, "size of the keypoint descriptors", low=2)
+
+    slice_distance: float = _option(
+        0.05, float, "2D: the neighbouring slice is within this share of the slices (at least 1)", low=0, high=1
+    )
+    shift: float = _option(
+        0.25, float, "largest shift between the two crops of a pair, as a share of the patch", low=0, high=0.9
+    )
+    radius_mm: float | None = _option(
+        None, float, "keypoints closer than this correspond (known transform); default: 2 finest voxels", low=0
+    )
+    search_radius_mm: float | None = _option(
+        None,
+        float,
+        "keypoints of neighbouring slices are compared within this distance; default: 8 finest voxels",
+        low=0,
+    )
+
+    mirror: float = _option(0.5, float, "probability of a mirror per axis", low=0, high=1)
+    spatial: float = _option(0.67, float, "probability of rotation, scale and elastic deformation", low=0, high=1)
+    rotation: float = _option(30.0, float, "largest rotation in degrees", low=0, high=180)
+    scale_min: float = _option(0.7, float, "smallest zoom (source mm per view mm)", low=0.1, high=10)
+    scale_max: float = _option(1.3, float, "largest zoom (source mm per view mm)", low=0.1, high=10)
+    elastic: float = _option(
+        0.2, float, "largest elastic displacement as a share of the control spacing", low=0, high=0.4
+    )
+    gamma: float = _option(0.4, float, "gamma is drawn from exp(+-this)", low=0, high=3)
+    contrast: float = _option(0.25, float, "contrast is drawn from 1 +- this", low=0, high=0.95)
+    brightness: float = _option(0.25, float, "offset is drawn from +- this x the view's std", low=0)
+    noise: float = _option(0.15, float, "std of the noise is drawn from 0 to this x the view's std", low=0)
+
+    def __post_init__(self) -> None:
+        """Validate every field.
+
+        Raises:
+            KAFError: naming the option, the value found and what is expected.
+        """
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), item.metadata)
+        if self.scale_min > self.scale_max:
+            raise KAFError(
+                f"--scale-min is {self.scale_min} and --scale-max is {self.scale_max}; expected scale-min <= scale-max."
+            )
+        if self.weight_bottleneck + self.weight_keypoints + self.weight_local == 0:
+            raise KAFError("All loss weights are 0: there is nothing to learn. Set at least one --weight-... above 0.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as a dict of JSON primitives."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PretrainConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            KAFError: for unknown keys and invalid values.
+        """
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise KAFError(f"Unknown pretraining option(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+        return cls(**values)
+
+    def differences(self, other: PretrainConfig) -> list[str]:
+        """Describe the options that differ from ``other`` and change the result, one ``name: ours != theirs`` each."""
+        return [
+            f"{item.name}: {getattr(self, item.name)} != {getattr(other, item.name)}"
+            for item in fields(self)
+            if not item.metadata["changeable"] and getattr(self, item.name) != getattr(other, item.name)
+        ]
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of an option: ``batch_size`` -> ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise a KAFError if ``value`` does not satisfy the field's metadata."""
+    if value is None and metadata["optional"]:
+        return
+    kind: type = metadata["kind"]
+    accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise KAFError(f"{flag(name)} is {value!r}; expected a value of type {kind.__name__}.")
+    choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
+    if choices is not None and value not in choices:
+        raise KAFError(f"{flag(name)} is {value!r}; expected one of {', '.join(choices)}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise KAFError(f"{flag(name)} is {value}; expected a finite number.")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise KAFError(
+            f"{flag(name)} is {value}; expected a value from {low} to {'infinity' if high is None else high}."
+        )

@@ -1,0 +1,175 @@
+"""What is pretrained on: dataset, plans and configuration, resolved from nnU-Net's folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.plans import check_configuration, kaf_plans
+from nnunetv2_kaf.unet import KAFUNet
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dataset, plan and configuration.
+
+    Attributes:
+        dataset_name: e.g. ``Dataset004_Hippocampus``.
+        dataset_id: number in the name.
+        dataset_folder: its folder in ``$nnUNet_preprocessed``.
+        plans_name: e.g. ``nnUNetPlans``.
+        plans: the plans with the KAF network in place of a plain one.
+        configuration: e.g. ``3d_fullres``.
+        image_folder: folder of the preprocessed images.
+        patch_size: view shape in voxels.
+        spacing: voxel size in mm, as many axes as the patch.
+        batch_size: the plan's batch size.
+        channels: number of image channels.
+        outputs: number of segmentation outputs.
+    """
+
+    dataset_name: str
+    dataset_id: int
+    dataset_folder: Path
+    plans_name: str
+    plans: Mapping[str, Any]
+    configuration: str
+    image_folder: Path
+    patch_size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    batch_size: int
+    channels: int
+    outputs: int
+
+    @property
+    def preprocess_command(self) -> str:
+        """Return the command that makes the images."""
+        return f"nnUNetv2_preprocess -d {self.dataset_id} -plans_name {self.plans_name} -c {self.configuration}"
+
+    def build_network(self) -> KAFUNet:
+        """Build the full network that the trainer would build from the same plans (nnU-Net's initialisation)."""
+        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        manager = PlansManager(dict(self.plans)).get_configuration(self.configuration)
+        network = get_network_from_plans(
+            manager.network_arch_class_name,
+            manager.network_arch_init_kwargs,
+            manager.network_arch_init_kwargs_req_import,
+            self.channels,
+            self.outputs,
+            allow_init=True,
+            deep_supervision=True,
+        )
+        assert isinstance(network, KAFUNet)  # `resolve_task` has checked the plans
+        return network
+
+
+def resolve_task(dataset: str, configuration: str, plans_name: str) -> Task:
+    """Find dataset, plans and configuration.
+
+    Args:
+        dataset: number or name.
+        configuration: e.g. ``2d`` or ``3d_fullres``.
+        plans_name: e.g. ``nnUNetPlans``.
+
+    Raises:
+        KAFError: if something does not exist (the message lists what does) or the configuration is a cascade stage.
+    """
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    folder = find_dataset(dataset)
+    dataset_id = int(folder.name[7:10])
+    plans_file = folder / f"{plans_name}.json"
+    if not plans_file.is_file():
+        found = sorted(p.stem for p in folder.glob("*.json") if "configurations" in _load(p))
+        raise KAFError(
+            f"Plans {plans_name} not found for {folder.name} ({plans_file}); found: {_listing(found)}. Choose with -p, "
+            f"or run: nnUNetv2_plan_and_preprocess -d {dataset_id}"
+        )
+    plans = _load(plans_file)
+    configurations = plans.get("configurations", {})
+    if configuration not in configurations:
+        raise KAFError(
+            f"Configuration {configuration} not found in {plans_file}; found: {_listing(sorted(configurations))}. "
+            "Choose with -c."
+        )
+    manager = PlansManager(plans)
+    config = manager.get_configuration(configuration)
+    if config.previous_stage_name is not None:
+        raise KAFError(
+            f"Configuration {configuration} is the second stage of a cascade: its network also sees a predicted "
+            "segmentation, which does not exist for unlabelled images. Pretrain the non-cascade configuration "
+            "(e.g. -c 3d_fullres) instead."
+        )
+    dataset_json = folder / "dataset.json"
+    if not dataset_json.is_file():
+        raise KAFError(f"{dataset_json} is missing. Run: nnUNetv2_plan_and_preprocess -d {dataset_id}")
+    description = _load(dataset_json)
+    substituted = kaf_plans(plans)
+    check_configuration(substituted, configuration)
+    return Task(
+        dataset_name=folder.name,
+        dataset_id=dataset_id,
+        dataset_folder=folder,
+        plans_name=plans_name,
+        plans=substituted,
+        configuration=configuration,
+        image_folder=folder / config.data_identifier,
+        patch_size=tuple(int(n) for n in config.patch_size),
+        spacing=tuple(float(s) for s in config.spacing)[-len(config.patch_size) :],
+        batch_size=int(config.batch_size),
+        channels=int(determine_num_input_channels(manager, config, description)),
+        outputs=int(manager.get_label_manager(description).num_segmentation_heads),
+    )
+
+
+def find_dataset(dataset: str) -> Path:
+    """Return the folder in ``$nnUNet_preprocessed`` of a dataset given by number or name.
+
+    Raises:
+        KAFError: if the variable is not set, or no (or more than one) dataset fits; lists what exists.
+    """
+    value = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - nnU-Net's own spelling
+    if not value:
+        raise KAFError("The environment variable nnUNet_preprocessed is not set; set nnU-Net's three paths first.")
+    root = Path(value)
+    if not root.is_dir():
+        raise KAFError(f"nnUNet_preprocessed is {root}, which is not a folder. Create it or correct the variable.")
+    existing = sorted(p for p in root.iterdir() if p.is_dir() and p.name[:7] == "Dataset" and p.name[7:10].isdigit())
+    if dataset.isdigit():
+        fitting = [p for p in existing if int(p.name[7:10]) == int(dataset)]
+    else:
+        fitting = [p for p in existing if p.name == dataset]
+    if len(fitting) > 1:
+        raise KAFError(f"--dataset {dataset} is ambiguous: {_listing([p.name for p in fitting])}. Give the full name.")
+    if not fitting:
+        number = dataset if dataset.isdigit() else "<id>"
+        raise KAFError(
+            f"Dataset {dataset} not found in {root}; found: {_listing([p.name for p in existing])}. "
+            f"If it is in nnUNet_raw, run: nnUNetv2_plan_and_preprocess -d {number}"
+        )
+    return fitting[0]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        KAFError: if the file is not valid JSON.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise KAFError(f"{path} is not valid JSON ({error}). Restore it, or plan the experiment again.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(names) if names else "none"
