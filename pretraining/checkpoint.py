@@ -1,0 +1,144 @@
+"""Save, resume and export of a pretraining run. Files hold tensors and primitives only (``weights_only=True``)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.weights import atomic_save, save_pretraining_checkpoint, versions
+from pretraining.config import PretrainConfig
+from pretraining.loop import TrainingState
+from pretraining.task import Task
+
+logger = logging.getLogger(__name__)
+
+LATEST = "checkpoint_latest.pth"
+FINAL = "checkpoint_final.pth"
+FORMAT = "nnunetv2_kaf.pretraining_run"
+
+
+def run_identity(task: Task, fold: int | str, cases: tuple[str, ...], batch_size: int) -> dict[str, Any]:
+    """Return what a run is about, besides its options; a run can only be continued as the same one."""
+    return {
+        "dataset": task.dataset_name,
+        "plans": task.plans_name,
+        "configuration": task.configuration,
+        "fold": str(fold),
+        "patch_size": list(task.patch_size),
+        "spacing": list(task.spacing),
+        "batch_size": batch_size,
+        "cases": list(cases),
+    }
+
+
+def save_latest(path: Path, state: TrainingState, config: PretrainConfig, identity: Mapping[str, Any]) -> None:
+    """Write everything that `load_latest` needs to go on exactly as if the run had never stopped.
+
+    Raises:
+        KAFError: if the file cannot be written; an earlier file at ``path`` is then untouched.
+    """
+    checkpoint = {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "identity": dict(identity),
+        "epoch": state.epoch,
+        "history": state.history,
+        "network": state.network.state_dict(),
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "rng_cpu": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "versions": versions(),
+    }
+    atomic_save(checkpoint, path)
+
+
+def load_latest(path: Path, state: TrainingState, config: PretrainConfig, identity: Mapping[str, Any]) -> None:
+    """Restore a run into a freshly built state.
+
+    Raises:
+        KAFError: if the file is unreadable, or belongs to a run with other options or data (the differences are named).
+    """
+    fresh = "Move the file away to start a new run, or leave out --continue."
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch raise many types for a truncated file
+        raise KAFError(f"{path} cannot be read ({type(error).__name__}); it may be truncated. {fresh}") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise KAFError(f"{path} is not a checkpoint of an unfinished kaf-pretrain run. {fresh}")
+    differences = PretrainConfig.from_dict(checkpoint["config"]).differences(config)
+    differences += [
+        f"{key}: {_brief(checkpoint['identity'].get(key))} != {_brief(value)}"
+        for key, value in identity.items()
+        if checkpoint["identity"].get(key) != value
+    ]
+    if differences:
+        raise KAFError(
+            f"{path} belongs to a run with other options (saved != now): {'; '.join(differences)}. Continue with the "
+            "saved options, or leave out --continue to start a new run (the old files are kept)."
+        )
+    try:
+        state.network.load_state_dict(checkpoint["network"])
+        state.model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise KAFError(f"{path} was made for another network (were the plans changed?): {error} {fresh}") from error
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    state.scaler.load_state_dict(checkpoint["scaler"])
+    state.epoch = checkpoint["epoch"]
+    state.history = checkpoint["history"]
+    torch.set_rng_state(checkpoint["rng_cpu"])
+    if len(checkpoint["rng_cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(checkpoint["rng_cuda"])
+
+
+def export(path: Path, state: TrainingState, task: Task, fold: int | str, pretraining: Mapping[str, Any]) -> None:
+    """Write the final checkpoint that the trainer loads (`nnunetv2_kaf.weights` defines what is in it).
+
+    Raises:
+        KAFError: if the file cannot be written.
+    """
+    save_pretraining_checkpoint(
+        path,
+        state.network,
+        plans=task.plans,
+        configuration=task.configuration,
+        dataset_name=task.dataset_name,
+        fold=fold,
+        pretraining=pretraining,
+    )
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Rename the files of an earlier run in ``folder`` to ``<name>.bak-<time>``; returns the new paths.
+
+    Raises:
+        KAFError: if a file cannot be renamed.
+    """
+    earlier = [folder / name for name in (LATEST, FINAL, "progress.png", "pretraining.log", "nonfinite_batch.json")]
+    moved = []
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for path in filter(Path.is_file, earlier):
+        target, count = path.with_name(f"{path.name}.bak-{stamp}"), 1
+        while target.exists():
+            target, count = path.with_name(f"{path.name}.bak-{stamp}-{count}"), count + 1
+        try:
+            os.replace(path, target)
+        except OSError as error:
+            raise KAFError(f"Could not rename {path} of an earlier run: {error}. Move it away yourself.") from error
+        moved.append(target)
+    if moved:
+        logger.info("An earlier run was found; its files are kept as: %s", ", ".join(str(p) for p in moved))
+    return moved
+
+
+def _brief(value: Any) -> str:
+    """Shorten a long list for a message."""
+    return f"{len(value)} cases {value[:2]}..." if isinstance(value, list) and len(value) > 4 else str(value)

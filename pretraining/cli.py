@@ -1,0 +1,166 @@
+"""``kaf-pretrain``: self-supervised pretraining on a dataset that nnU-Net has preprocessed."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunetv2_kaf.errors import KAFError
+from pretraining.config import PretrainConfig, flag
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretraining.task import Task
+
+PROGRAM = "kaf-pretrain"
+logger = logging.getLogger("pretraining")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; the training options are the fields of `PretrainConfig`."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Pretrain the keypoint-augmented encoder without labels on a dataset that nnU-Net has "
+        "preprocessed. nnUNetTrainerKAF then starts from the result by itself.",
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to pretrain on")
+    what.add_argument("-d", "--dataset", required=True, help="dataset number or name, e.g. 4 or Dataset004_Hippocampus")
+    what.add_argument("-c", "--configuration", required=True, help="configuration, e.g. 2d or 3d_fullres")
+    what.add_argument("-p", "--plans", default="nnUNetPlans", help="plans name (default: nnUNetPlans)")
+    what.add_argument(
+        "--fold",
+        default="0",
+        help="leave out the validation cases of this fold of nnU-Net's split; 'all' uses every case (default: 0)",
+    )
+    how = parser.add_argument_group("how to run")
+    how.add_argument("--device", default=None, help="cuda, mps or cpu (default: the first of these that is available)")
+    how.add_argument(
+        "--continue",
+        dest="resume",
+        action="store_true",
+        help="go on from checkpoint_latest.pth of the same run; without one, start a new run",
+    )
+    workers = max(1, min(8, (os.cpu_count() or 2) - 1))
+    how.add_argument(
+        "--num-workers",
+        type=int,
+        default=workers,
+        help=f"threads that prepare pairs; 0 = none besides the main one (default here: {workers})",
+    )
+    options = parser.add_argument_group("training options")
+    for item in fields(PretrainConfig):
+        text = item.metadata["help"].replace("%", "%%")
+        default = "" if item.default is None else f" (default: {item.default})"
+        options.add_argument(
+            flag(item.name),
+            dest=item.name,
+            type=item.metadata["kind"],
+            default=item.default,
+            metavar=item.metadata["kind"].__name__.upper(),
+            choices=item.metadata["choices"],
+            help=text + default,
+        )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
+    parsed = build_parser().parse_args(arguments)
+    _log_to_stderr()
+    try:
+        _say(_run(parsed))
+    except KAFError as error:
+        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{PROGRAM}: interrupted; the same command with --continue goes on from the last epoch.\n")
+        return 130
+    return 0
+
+
+def _run(parsed: argparse.Namespace) -> str:
+    """Resolve the input, pretrain, and return the closing message."""
+    config = PretrainConfig(**{item.name: getattr(parsed, item.name) for item in fields(PretrainConfig)})
+    fold = _parse_fold(parsed.fold)
+    if parsed.num_workers < 0:
+        raise KAFError(f"--num-workers is {parsed.num_workers}; expected 0 or more.")
+    # Here and not at the top: --help and a mistyped option need not wait for torch.
+    from nnunetv2_kaf.plans import pretraining_folder
+    from pretraining.run import RunOptions, pretrain
+    from pretraining.task import resolve_task
+
+    task = resolve_task(parsed.dataset, parsed.configuration, parsed.plans)
+    device = choose_device(parsed.device)
+    folder = pretraining_folder(task.dataset_name, task.plans_name, task.configuration, fold)
+    checkpoint = pretrain(task, config, RunOptions(device, fold, parsed.resume, parsed.num_workers))
+    return _closing(task, fold, checkpoint, folder)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device asked for, or the best one available.
+
+    Raises:
+        KAFError: if the name is unknown or the device is not available.
+    """
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    usable = [kind for kind, there in available.items() if there]
+    if name is None:
+        logger.info("Device: %s (available: %s; choose with --device).", usable[0], ", ".join(usable))
+        return torch.device(usable[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in available:
+        raise KAFError(f"--device is {name}; expected one of {', '.join(available)}.")
+    if not available[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise KAFError(f"--device {name} is not available on this machine (available: {', '.join(usable)}).")
+    return device
+
+
+def _parse_fold(text: str) -> int | str:
+    """Return ``"all"`` or the fold number."""
+    if text == "all":
+        return text
+    if text.isdigit():
+        return int(text)
+    raise KAFError(f"--fold is {text!r}; expected a fold number (0, 1, ...) or 'all'.")
+
+
+def _closing(task: Task, fold: int | str, checkpoint: Path, folder: Path) -> str:
+    """Say where everything is and what comes next."""
+    plans = "" if task.plans_name == "nnUNetPlans" else f" -p {task.plans_name}"
+    target: Any = "FOLD" if fold == "all" else fold
+    return (
+        f"Checkpoint: {checkpoint}\n"
+        f"Curves:     {folder / 'progress.png'}\n"
+        f"Next:       nnUNetv2_train {task.dataset_id} {task.configuration} {target} -tr nnUNetTrainerKAF{plans}"
+    )
+
+
+def _say(message: str) -> None:
+    """Write the result to stdout; everything else goes to the log on stderr."""
+    sys.stdout.write(message + "\n")
+
+
+def _log_to_stderr() -> None:
+    """Send the log of this package to stderr, once per process."""
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
