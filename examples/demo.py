@@ -98,13 +98,15 @@ def build_steps(settings: Settings) -> list[Step]:
     pretrain = ("kaf-pretrain", "--dataset", dataset, "-c", configuration, "-p", PLANS, *schedule)
     train = ("nnUNetv2_train", dataset, configuration, FOLD, "-tr", TRAINER, "-p", PLANS, "-device", device)
     predict = ("nnUNetv2_predict", "-i", str(settings.raw / "imagesTs"), "-o", predictions, "-d", dataset, *model)
+    # Without a GPU there is nothing to overlap with, and each worker would import nnU-Net again.
+    workers = ("-npp", "0", "-nps", "0") if device == "cpu" else ("-npp", "2", "-nps", "2")
     references = ("-djfile", str(settings.model / "dataset.json"), "-pfile", str(settings.model / "plans.json"))
     evaluate = ("nnUNetv2_evaluate_folder", str(settings.raw / "labelsTs"), predictions, *references, "-np", "2")
     return [
         Step("plan", (*plan, "--verify_dataset_integrity", "-npfp", "2", "-np", "2")),
         Step("pretrain", pretrain, continue_pretraining),
         Step("train", train, continue_training),
-        Step("predict", (*predict, "-f", FOLD, "-device", device, "-npp", "1", "-nps", "1")),
+        Step("predict", (*predict, "-f", FOLD, "-device", device, *workers)),
         Step("evaluate", evaluate),
     ]
 
@@ -115,6 +117,8 @@ def environment(output: Path) -> dict[str, str]:
     workers = str(max(1, min(8, (os.cpu_count() or 1) // 2)))
     own |= {name: str(output / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     own |= {"nnUNet_n_proc_DA": workers, "nnUNet_def_n_proc": "2", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
+    # On the CPU nnU-Net uses a thread per core besides its workers: waiting threads must sleep, not spin.
+    own |= {"OMP_WAIT_POLICY": "PASSIVE"}
     return own | {"PATH": sysconfig.get_path("scripts") + os.pathsep + own.get("PATH", "")}
 
 

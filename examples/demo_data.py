@@ -21,7 +21,7 @@ import phantoms
 from nnunetv2_kaf.errors import KAFError
 
 PHANTOM_NAME = "Dataset900_KAFPhantom"
-PHANTOM_CONFIG = phantoms.PhantomConfig(training=10, test=4, shape=(16, 56, 56))
+PHANTOM_CONFIG = phantoms.PhantomConfig(training=10, test=4, shape=(12, 48, 48))
 TEST_FRACTION, MAX_TEST_CASES, SEED = 0.2, 20, 0
 
 

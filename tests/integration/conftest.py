@@ -103,6 +103,8 @@ class Workspace:
             "nnUNet_n_proc_DA": "1",
             "nnUNet_def_n_proc": "1",
             "OMP_NUM_THREADS": "1",
+            # nnU-Net on the CPU starts a thread per core whatever OMP_NUM_THREADS says; let idle ones sleep.
+            "OMP_WAIT_POLICY": "PASSIVE",
         }
         return own | self.variables
 
