@@ -111,7 +111,8 @@ class KAFLayer(nn.Module):
         """
         shape = features.shape[2:]
         index = voxel_index(keypoints.coords, shape, self.stride)
-        positions = normalize_mm(keypoints.coords, input_shape, self.spacing)
+        coords = keypoints.coords.to(self.project.weight.dtype)
+        positions = normalize_mm(coords, input_shape, self.spacing)
         tokens = self.project(token_ops.gather(features, index)) + self.position(positions)
         mask = attention_mask(keypoints.valid)
         for block in self.blocks:
