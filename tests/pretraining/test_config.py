@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from nnunetv2_kaf.errors import KAFError
+from pretraining.config import PretrainConfig, flag
+
+
+def test_round_trip_through_json() -> None:
+    config = PretrainConfig(epochs=3, batch_size=5, radius_mm=2.5, optimizer="sgd")
+    assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_unknown_key_is_named() -> None:
+    with pytest.raises(KAFError, match="epoch_count"):
+        PretrainConfig.from_dict({"epoch_count": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("epochs", True),
+        ("batch_size", 0),
+        ("learning_rate", float("nan")),
+        ("temperature", 0.0),
+        ("optimizer", "adagrad"),
+        ("elastic", 0.5),
+        ("seed", None),
+        ("contrast", 1.0),
+    ],
+)
+def test_bad_values_name_the_flag(name: str, value: object) -> None:
+    with pytest.raises(KAFError, match=flag(name)):
+        PretrainConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_inconsistent_options() -> None:
+    with pytest.raises(KAFError, match="scale-min"):
+        PretrainConfig(scale_min=1.2, scale_max=1.1)
+    with pytest.raises(KAFError, match="nothing to learn"):
+        PretrainConfig(weight_bottleneck=0.0, weight_keypoints=0.0, weight_local=0.0)
+
+
+def test_differences_ignore_what_does_not_change_the_result() -> None:
+    assert PretrainConfig().differences(PretrainConfig(save_every=7)) == []
+    assert PretrainConfig().differences(PretrainConfig(seed=7)) == ["seed: 0 != 7"]
+
+
+def test_frozen_and_every_field_explained() -> None:
+    with pytest.raises(FrozenInstanceError):
+        PretrainConfig().epochs = 3  # type: ignore[misc]
+    assert all(len(item.metadata["help"]) > 5 for item in fields(PretrainConfig))
