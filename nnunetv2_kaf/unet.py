@@ -65,6 +65,7 @@ class KAFEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.input_channels = input_channels
         self.conv_op = common["conv_op"]
         self.output_channels = [int(stage["features_per_stage"]) for stage in stages]
         self.kernel_sizes = [maybe_convert_scalar_to_list(self.conv_op, stage["kernel_sizes"]) for stage in stages]

@@ -199,8 +199,8 @@ def _architecture(plans: Mapping[str, Any], configuration: str) -> dict[str, Any
 
 
 def _input_channels(network: nn.Module) -> int:
-    first = next(m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
-    return first.in_channels
+    channels: int = network.get_submodule("encoder").input_channels  # type: ignore[assignment]
+    return channels
 
 
 def _differences(

@@ -107,3 +107,51 @@ def randomize() -> Callable[[nn.Module], nn.Module]:
         return module
 
     return apply
+
+
+def plain_configuration(ndim: int, **changes: Any) -> dict[str, Any]:
+    """A configuration of nnU-Net's plans, small."""
+    arguments = {
+        **architecture(ndim),
+        "conv_op": f"torch.nn.modules.conv.Conv{ndim}d",
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{ndim}d",
+        "nonlin": "torch.nn.LeakyReLU",
+    }
+    return {
+        "data_identifier": f"nnUNetPlans_{ndim}d",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": list(SHAPES[ndim]),
+        "spacing": list(SPACINGS[ndim]),
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "batch_dice": True,
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "arch_kwargs": arguments,
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+        **changes,
+    }
+
+
+@pytest.fixture
+def plain_plans() -> dict[str, Any]:
+    """Plans as nnU-Net writes them for a dataset with a cascade."""
+    return {
+        "dataset_name": "Dataset990_Tiny",
+        "plans_name": "nnUNetPlans",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "image_reader_writer": "SimpleITKIO",
+        "label_manager": "LabelManager",
+        "experiment_planner_used": "ExperimentPlanner",
+        "foreground_intensity_properties_per_channel": {"0": {}},
+        "configurations": {
+            "2d": plain_configuration(2),
+            "3d_fullres": plain_configuration(3),
+            "3d_lowres": plain_configuration(3, next_stage="3d_cascade_fullres"),
+            "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+            "3d_coarse": {"inherits_from": "3d_fullres", "spacing": [8.0, 2.0, 2.4]},
+        },
+    }

@@ -1,0 +1,273 @@
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nnunetv2_kaf import trainer as trainer_module
+from nnunetv2_kaf import weights
+from nnunetv2_kaf.config import KAFConfig
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.plans import is_kaf, kaf_plans, pretraining_folder
+from nnunetv2_kaf.trainer import WarmupPolyLRScheduler, nnUNetTrainerKAF, nnUNetTrainerKAFScratch
+
+Plans = dict[str, Any]
+Make = Callable[..., nnUNetTrainerKAF]
+DATASET = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1, "b": 2}, "file_ending": ".nii.gz"}
+
+
+@pytest.fixture
+def make(plain_plans: Plans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Trainers of a dataset whose preprocessed folders exist."""
+    for variable in ("raw", "preprocessed", "results"):
+        (tmp_path / variable).mkdir()
+        monkeypatch.setenv(f"nnUNet_{variable}", str(tmp_path / variable))
+    monkeypatch.delenv("KAF_PRETRAINED", raising=False)
+    for configuration in ("2d", "3d"):
+        folder = tmp_path / "preprocessed" / "Dataset990_Tiny" / f"nnUNetPlans_{configuration}"
+        folder.mkdir(parents=True)
+        (folder / "case.b2nd").touch()
+
+    def build(cls: type[nnUNetTrainerKAF] = nnUNetTrainerKAF, configuration: str = "2d", **options: Any) -> Any:
+        plans = options.pop("plans", json.loads(json.dumps(plain_plans)))
+        dataset = options.pop("dataset", DATASET)
+        plans["continue_training"] = False
+        return cls(plans, configuration, options.pop("fold", 0), dataset, torch.device("cpu"))
+
+    return build
+
+
+def log(trainer: nnUNetTrainerKAF) -> str:
+    return Path(trainer.log_file).read_text()
+
+
+def start(trainer: nnUNetTrainerKAF, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`on_train_start` without nnU-Net's data loaders; returns the record it wrote."""
+    monkeypatch.setattr(trainer_module.nnUNetTrainer, "on_train_start", lambda self: None)
+    trainer.on_train_start()
+    record: dict[str, Any] = json.loads((Path(trainer.output_folder) / "kaf_initialization.json").read_text())
+    return record
+
+
+def pretrain(trainer: nnUNetTrainerKAF, fold: int | str = "all", path: Path | None = None) -> tuple[Path, nn.Module]:
+    """A checkpoint of a random network at the standard place."""
+    torch.manual_seed(7)
+    manager = trainer.plans_manager
+    network = trainer.build_network_architecture(manager, trainer.configuration_manager, 1, 3, True)
+    name, plans = manager.dataset_name, manager.plans_name
+    path = path or pretraining_folder(name, plans, trainer.configuration_name, fold) / "checkpoint_final.pth"
+    weights.save_pretraining_checkpoint(
+        path, network, plans=manager.plans, configuration=trainer.configuration_name, dataset_name=name, fold=fold,
+        pretraining={},
+    )  # fmt: skip
+    return path, network
+
+
+def encoder_equal(trainer: nnUNetTrainerKAF, network: nn.Module) -> bool:
+    ours, theirs = trainer.network.encoder.state_dict(), network.get_submodule("encoder").state_dict()
+    return all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"])
+def test_plain_plans_get_the_kaf_network_and_say_so(configuration: str, make: Make) -> None:
+    trainer = make(configuration=configuration)
+    trainer.initialize()
+    assert type(trainer.network).__name__ == "KAFUNet"
+    assert is_kaf(trainer.plans_manager.plans, configuration)
+    assert trainer.my_init_kwargs["plans"] is trainer.plans_manager.plans
+    assert "KAF: replaced the PlainConvUNet of nnUNetPlans by KAFUNet" in log(trainer)
+    assert "'num_keypoints': 256" in log(trainer)
+
+
+def test_cascade_input_has_one_hot_channels_but_detection_has_not(make: Make) -> None:
+    trainer = make(configuration="3d_cascade_fullres")
+    trainer.initialize()
+    assert trainer.network.encoder.input_channels == 3
+    assert trainer.network.encoder.detector.channels == [0]
+
+
+def test_region_and_ignore_labels_change_the_heads(make: Make) -> None:
+    labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+    trainer = make(dataset={**DATASET, "labels": labels, "regions_class_order": [1, 2]})
+    trainer.initialize()
+    assert trainer.network.decoder.num_classes == 2
+
+
+def test_explicit_kaf_plans_are_used_as_given(make: Make, plain_plans: Plans) -> None:
+    config = KAFConfig(num_keypoints=9, fusion="concat")
+    trainer = make(plans=kaf_plans(plain_plans, config))
+    assert trainer.kaf_config == config
+    assert "KAF: replaced" not in log(trainer)
+
+
+def test_a_saved_model_keeps_its_layers_when_defaults_change(make: Make, plain_plans: Plans) -> None:
+    old = KAFConfig(num_keypoints=77, token_dim=32)
+    first = make()
+    saved = Path(first.output_folder_base) / "plans.json"
+    saved.write_text(json.dumps(kaf_plans(plain_plans, old)))
+    again = make()
+    assert again.kaf_config == old
+    assert str(saved) in log(again)
+    cascade = make(configuration="3d_cascade_fullres")
+    assert cascade.kaf_config == KAFConfig(), "another configuration has its own folder"
+
+
+def test_plans_that_cannot_carry_layers_are_refused(make: Make, plain_plans: Plans) -> None:
+    plain_plans["configurations"]["2d"]["architecture"]["network_class_name"] = "elsewhere.Primus"
+    with pytest.raises(KAFError, match=r"elsewhere\.Primus"):
+        make(plans=plain_plans)
+
+
+def test_missing_preprocessed_data_name_the_command(make: Make, plain_plans: Plans) -> None:
+    plain_plans["configurations"]["2d"]["data_identifier"] = "nnUNetPlans_gone"
+    trainer = make(plans=plain_plans)
+    with pytest.raises(KAFError, match=r"nnUNetPlans_gone do not exist.*nnUNetv2_preprocess -d Dataset990_Tiny.*-c 2d"):
+        trainer.initialize()
+
+
+def test_scratch_when_there_is_no_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    record = start(trainer, monkeypatch)
+    assert (record["source"], record["tensors_loaded"]) == (None, 0)
+    assert "no pretraining checkpoint is loaded" in log(trainer)
+
+
+def test_checkpoint_at_its_standard_place_is_loaded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, network = pretrain(make())
+    trainer = make()
+    record = start(trainer, monkeypatch)
+    assert encoder_equal(trainer, network)
+    assert record["source"] == str(path)
+    assert record["tensors_loaded"] == len(network.get_submodule("encoder").state_dict())
+    assert "without labels" in record["note"], "pretraining on all cases saw the validation images"
+    assert record["sha256"] in log(trainer)
+
+
+def test_the_folds_own_checkpoint_comes_first(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain(make())
+    path, _ = pretrain(make(), fold=0)
+    record = start(make(), monkeypatch)
+    assert record["source"] == str(path)
+    assert "without labels" not in record["note"]
+    assert "fold_all" in start(make(fold=1), monkeypatch)["source"]
+
+
+def test_other_configurations_are_hinted_at_not_loaded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = pretrain(make(configuration="3d_fullres"))
+    record = start(make(), monkeypatch)
+    assert record["source"] is None
+    assert str(path) in record["note"]
+
+
+def test_environment_variable_overrides(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretrain(make())
+    monkeypatch.setenv("KAF_PRETRAINED", "none")
+    assert start(make(), monkeypatch)["source"] is None
+    other, network = pretrain(make(), path=tmp_path / "elsewhere.pth")
+    monkeypatch.setenv("KAF_PRETRAINED", str(other))
+    trainer = make()
+    assert start(trainer, monkeypatch)["source"] == str(other)
+    assert encoder_equal(trainer, network)
+    monkeypatch.setenv("KAF_PRETRAINED", str(tmp_path / "missing.pth"))
+    with pytest.raises(KAFError, match=r"missing\.pth does not exist"):
+        start(make(), monkeypatch)
+
+
+def test_misfit_is_an_error_never_a_partial_load(
+    make: Make, monkeypatch: pytest.MonkeyPatch, plain_plans: Plans
+) -> None:
+    path, _ = pretrain(make())
+    monkeypatch.setenv("KAF_PRETRAINED", str(path))
+    with pytest.raises(KAFError, match="num_blocks: checkpoint 2, training 3"):
+        start(make(plans=kaf_plans(plain_plans, KAFConfig(num_blocks=3))), monkeypatch)
+
+
+def test_scratch_trainer_never_loads(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, network = pretrain(make())
+    monkeypatch.setenv("KAF_PRETRAINED", str(path))
+    trainer = make(nnUNetTrainerKAFScratch)
+    assert start(trainer, monkeypatch)["source"] is None
+    assert not encoder_equal(trainer, network)
+
+
+def test_resumed_and_externally_initialised_trainings_are_left_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, network = pretrain(make())
+    first = make()
+    start(first, monkeypatch)
+    first.current_epoch = 4
+    first.save_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    record = Path(first.output_folder) / "kaf_initialization.json"
+    path.unlink()
+    with torch.no_grad():
+        next(network.parameters()).fill_(0)
+    resumed = make()
+    resumed.load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    before = record.read_text()
+    resumed.on_train_start()
+    assert record.read_text() == before
+    assert resumed.current_epoch == 5
+    assert all(torch.equal(a, b) for a, b in zip(resumed.network.parameters(), first.network.parameters(), strict=True))
+    given = make()
+    given.initialize()  # what nnU-Net does before it loads -pretrained_weights
+    assert "-pretrained_weights" in start(given, monkeypatch)["note"]
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trainer = make()
+    trainer.initialize()
+    file = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(file))
+    before = file.read_bytes()
+
+    def full_disk(obj: object, name: str) -> None:
+        Path(name).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.torch.save", full_disk)
+    with pytest.raises(KAFError, match=r"could not save .*checkpoint_latest\.pth.*No space left.*--c"):
+        trainer.save_checkpoint(str(file))
+    assert file.read_bytes() == before
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_checkpoint_stores_the_substituted_plans(make: Make, tmp_path: Path) -> None:
+    trainer = make()
+    trainer.initialize()
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    stored = torch.load(tmp_path / "checkpoint.pth", weights_only=False)
+    assert is_kaf(stored["init_args"]["plans"], "2d")
+    assert stored["trainer_name"] == "nnUNetTrainerKAF"
+
+
+def test_warm_up_then_nnunets_decay() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.01)
+    schedule = WarmupPolyLRScheduler(optimizer, 0.01, 100, 5)
+    rates = []
+    for epoch in range(100):
+        schedule.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    decay = [0.01 * (1 - epoch / 100) ** 0.9 for epoch in range(100)]
+    assert rates[5:] == pytest.approx(decay[5:])
+    assert rates[:5] == pytest.approx([decay[e] * (e + 1) / 6 for e in range(5)])
+    assert rates[:6] == sorted(rates[:6])
+    schedule.step(7)  # as after --c
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(decay[7])
+
+
+@pytest.mark.parametrize("base", ["nnUNetTrainerKAF", "nnUNetTrainerKAFScratch"])
+@pytest.mark.parametrize("epochs", [1, 5, 20, 50, 100, 250])
+def test_schedule_variants(base: str, epochs: int, make: Make) -> None:
+    name = f"{base}_{epochs}epoch{'s' * (epochs > 1)}"
+    cls = getattr(trainer_module, name)
+    assert pickle.loads(pickle.dumps(cls)) is cls
+    trainer = make(cls)
+    assert trainer.num_epochs == epochs
+    assert trainer.use_pretraining == (base == "nnUNetTrainerKAF")
+    assert Path(trainer.output_folder_base).name == f"{name}__nnUNetPlans__2d"
