@@ -11,6 +11,7 @@ channels that a cascade appends are never among them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -60,10 +61,17 @@ def _blur_axis(x: Tensor, kernel: Tensor, axis: int) -> Tensor:
     return conv(functional.pad(x, padding, mode="replicate"), kernel.to(x.dtype).view(shape))
 
 
-def _max_pool(x: Tensor, ndim: int) -> Tensor:
-    """Maximum over each voxel's 3^D neighbourhood of (B, N, *S)."""
-    pool = functional.max_pool3d if ndim == 3 else functional.max_pool2d
-    return pool(x, kernel_size=3, stride=1, padding=1)
+def _neighbourhood_max(x: Tensor, axis: int) -> Tensor:
+    """Maximum of each value and its two neighbours along one axis; one call per axis gives a 3^D window."""
+    n = x.shape[axis]
+    before = torch.cat((x.narrow(axis, 0, 1), x.narrow(axis, 0, n - 1)), dim=axis)
+    after = torch.cat((x.narrow(axis, 1, n - 1), x.narrow(axis, n - 1, 1)), dim=axis)
+    return torch.maximum(torch.maximum(x, before), after)
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Switches autocast off where it exists; naming another device is an error in some versions of torch."""
+    return torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else contextlib.nullcontext()
 
 
 class KeypointDetector(nn.Module):
@@ -108,7 +116,7 @@ class KeypointDetector(nn.Module):
         self._check(image)
         batch, shape = image.shape[0], image.shape[2:]
         # autocast would run the blur in half precision and move the extrema
-        with torch.autocast(image.device.type, enabled=False):
+        with _no_autocast(image.device.type):
             channels = image[:, self.channels].float()
             score = self._scores(channels).flatten(1)
         score, index = torch.topk(score, self.num_keypoints, dim=1)
@@ -130,12 +138,10 @@ class KeypointDetector(nn.Module):
         response = torch.where(response > lowest, response, 0.0)
         response = response / deviation.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)
         response = response.amax(dim=1)
-        neighbourhood = _max_pool(response, self.ndim)
-        # scales above and below; the outermost ones have one neighbour only
-        padded = functional.pad(neighbourhood.flatten(2), (0, 0, 1, 1))
-        over_scales = functional.max_pool1d(padded.transpose(1, 2).flatten(0, 1), kernel_size=3, stride=1)
-        over_scales = over_scales.view(response.shape[0], -1, response.shape[1]).transpose(1, 2).view_as(response)
-        extremum = (response > 0) & (response >= over_scales)
+        neighbourhood = response
+        for axis in range(1, response.ndim):  # the first one is the scale
+            neighbourhood = _neighbourhood_max(neighbourhood, axis)
+        extremum = (response > 0) & (response >= neighbourhood)
         return torch.where(extremum, response, 0.0).amax(dim=1)
 
     def _difference_of_gaussians(self, channels: Tensor) -> Tensor:
