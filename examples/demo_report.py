@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import sys
@@ -82,8 +84,9 @@ def make_view(model: Path, images: Sequence[Path], prediction: Path, reference: 
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), use_folds=(0,))
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces what does not matter here
+        predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(model), use_folds=(0,))
     configuration = predictor.configuration_manager
     preprocessor = configuration.preprocessor_class(verbose=False)
     arguments = (predictor.plans_manager, configuration, predictor.dataset_json)

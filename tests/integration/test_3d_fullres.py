@@ -77,6 +77,7 @@ def test_continuing_and_validating_do_not_need_the_pretraining_file(trained: Tra
     fold = trained.workspace.model(*MODEL) / "fold_0"
     assert (fold / "checkpoint_final.pth").is_file()
     assert (fold / "validation" / "summary.json").is_file()
+    assert trained.workspace.logs(*MODEL).count("initialised from") == 1
     # The record of the first start is still that of the file which is gone.
     assert trained.workspace.initialization(*MODEL)["sha256"] == trained.sha256
 
