@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from nnunetv2_kaf.encoder import KAFEncoder
 from nnunetv2_kaf.keypoints import Keypoints
-from nnunetv2_kaf.unet import KAFEncoder
 from pretraining.heads import DescriptorHead, GlobalHead, masked_mean
 
 
