@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,12 @@ def plot_progress(history: Sequence[dict[str, float]], path: Path) -> None:
     losses.legend()
     matched.plot(epochs, [100 * entry["matched"] for entry in history], marker=".")
     matched.set_ylabel("matched keypoints (%)")
-    matched.set_ylim(bottom=0)
+    matched.set_ylim(0, 100)
     rate.plot(epochs, [entry["learning_rate"] for entry in history], marker=".")
     rate.set_yscale("log")
     rate.set_ylabel("learning rate")
     rate.set_xlabel("epoch")
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (losses, matched, rate):
         axes.grid(alpha=0.3)
     temporary = path.with_name(f".{path.name}.tmp")
