@@ -35,7 +35,7 @@ def trained(planned: Any) -> Any:
     lowres, cascade = (planned.folder / f"predictions_{name}" for name in ("lowres", "cascade"))
     planned.run_script("nnUNetv2_preprocess", "-d", planned.number, "-plans_name", PLANS, "-c", "3d_lowres", "-np", "1")
     planned.run(
-        planned.pretrain(PLANS, "3d_lowres"),
+        [*planned.pretrain(PLANS, "3d_lowres"), "--fold", "all"],
         # Fold "all" predicts every case for the next stage.
         planned.train(*LOWRES, fold="all"),
         planned.train(*CASCADE),
