@@ -7,12 +7,20 @@ from torch import Tensor, nn
 
 
 class GlobalHead(nn.Sequential):
-    """Two-layer MLP from a vector to a global embedding: (N, C) -> (N, E)."""
+    """Two-layer MLP from a vector to a global embedding: (N, C) -> (N, E).
+
+    Deviation from the paper: a LayerNorm in front. The average of instance-normalised, rectified maps is nearly the
+    same constant in every channel and sample; without it all embeddings start as one point and the bottleneck's loss
+    can stay at its value for collapse, log(2B - 1).
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         """Build with a hidden width of ``in_features``."""
         super().__init__(
-            nn.Linear(in_features, in_features), nn.ReLU(inplace=True), nn.Linear(in_features, out_features)
+            nn.LayerNorm(in_features),
+            nn.Linear(in_features, in_features),
+            nn.ReLU(inplace=True),
+            nn.Linear(in_features, out_features),
         )
 
 
