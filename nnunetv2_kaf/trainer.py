@@ -10,12 +10,14 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import check_configuration, is_kaf, kaf_plans, pretraining_folder
 from nnunetv2_kaf.weights import LoadReport, load_encoder
@@ -90,13 +92,8 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         if saved_file.is_file():
             saved: dict[str, Any] = json.loads(saved_file.read_text())
             if self.configuration_name in saved["configurations"] and is_kaf(saved, self.configuration_name):
-                self.print_to_log_file(f"KAF: network as saved with this model in {saved_file}")
-                kept = {name: c.get("architecture") for name, c in saved["configurations"].items()}
-                out = kaf_plans(plans)
-                for name, own in out["configurations"].items():
-                    if kept.get(name) is not None:
-                        own["architecture"] = kept[name]
-                return out
+                self.print_to_log_file(f"KAF: keypoint fusion as saved with this model in {saved_file}")
+                return kaf_plans(plans, KAFConfig.from_dict(_kaf_block(saved, self.configuration_name)))
         out = kaf_plans(plans)
         check_configuration(out, self.configuration_name)
         replaced = self.configuration_manager.network_arch_class_name.rsplit(".", 1)[-1]
@@ -131,6 +128,25 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """nnU-Net's optimiser; its schedule with a warm-up."""
         optimizer, _ = super().configure_optimizers()
         return optimizer, WarmupPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, self.num_epochs // 20)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """See nnU-Net.
+
+        Raises:
+            KAFError: an image of the batch holds NaN or infinite values; training on would only spread them.
+        """
+        out: dict[str, Any] = super().train_step(batch)
+        if not np.isfinite(out["loss"]):
+            bad = [
+                key for key, image in zip(batch["keys"], batch["data"], strict=True) if not torch.isfinite(image).all()
+            ]
+            if bad:
+                raise KAFError(
+                    f"epoch {self.current_epoch}: the preprocessed images of {bad} in "
+                    f"{self.preprocessed_dataset_folder} hold NaN or infinite values. Repair or remove these cases and preprocess again; the checkpoints "
+                    "written so far are untouched."
+                )
+        return out
 
     def on_train_start(self) -> None:
         """Initialise a new training from its pretraining checkpoint, then see nnU-Net.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -112,6 +113,11 @@ def test_a_saved_model_keeps_its_layers_when_defaults_change(make: Make, plain_p
     again = make()
     assert again.kaf_config == old
     assert str(saved) in log(again)
+    replanned = json.loads(json.dumps(plain_plans))
+    replanned["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 4, 4]
+    changed = make(plans=replanned)
+    assert changed.kaf_config == old, "the layers are kept, the rest follows the plans"
+    assert changed.configuration_manager.network_arch_init_kwargs["features_per_stage"] == [4, 4, 4]
     cascade = make(configuration="3d_cascade_fullres")
     assert cascade.kaf_config == KAFConfig(), "another configuration has its own folder"
 
@@ -243,6 +249,17 @@ def test_checkpoint_stores_the_substituted_plans(make: Make, tmp_path: Path) -> 
     stored = torch.load(tmp_path / "checkpoint.pth", weights_only=False)
     assert is_kaf(stored["init_args"]["plans"], "2d")
     assert stored["trainer_name"] == "nnUNetTrainerKAF"
+
+
+def test_nan_image_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    loss = {"loss": np.float32("nan")}
+    monkeypatch.setattr(trainer_module.nnUNetTrainer, "train_step", lambda self, batch: loss)
+    data = torch.zeros(2, 1, 4, 4)
+    assert trainer.train_step({"data": data, "keys": ["a", "b"]}) is loss, "an overflow is left to the loss scaler"
+    data[1, 0, 2, 2] = torch.nan
+    with pytest.raises(KAFError, match=r"\['b'\].*NaN"):
+        trainer.train_step({"data": data, "keys": ["a", "b"]})
 
 
 def test_warm_up_then_nnunets_decay() -> None:
