@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_kaf.config import KAFConfig
@@ -130,10 +130,11 @@ def pretraining_folder(dataset_name: str, plans_name: str, configuration: str, f
     Raises:
         KAFError: nnUNet_results is not set.
     """
-    if not nnUNet_results.is_set():
+    results = os.environ.get("nnUNet_results")  # noqa: SIM112  # nnU-Net's spelling
+    if not results:
         raise KAFError("the environment variable nnUNet_results is not set; set it as in nnU-Net's documentation")
     run = f"KAFPretraining__{plans_name}__{configuration}"
-    return Path(str(nnUNet_results)) / dataset_name / run / f"fold_{fold}"
+    return Path(results) / dataset_name / run / f"fold_{fold}"
 
 
 def resolve_configuration(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:

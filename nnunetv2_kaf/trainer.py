@@ -143,8 +143,8 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             if bad:
                 raise KAFError(
                     f"epoch {self.current_epoch}: the preprocessed images of {bad} in "
-                    f"{self.preprocessed_dataset_folder} hold NaN or infinite values. Repair or remove these cases and preprocess again; the checkpoints "
-                    "written so far are untouched."
+                    f"{self.preprocessed_dataset_folder} hold NaN or infinite values. Repair or remove these cases "
+                    "and preprocess again; the checkpoints written so far are untouched."
                 )
         return out
 
