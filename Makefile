@@ -29,6 +29,7 @@ lint: $(VENV)/.installed-test ## Lint and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples
+	$(BIN)/mypy benchmarks
 
 clean-demo: ## Delete everything that the demo made
 	rm -rf -- "$(OUTPUT)"

@@ -49,17 +49,23 @@ def kaf_plans(plans: Mapping[str, Any], config: KAFConfig | None = None) -> dict
     """Plans whose plain or residual-encoder UNets are replaced by `KAFUNet`.
 
     Args:
-        plans: nnU-Net's plans; not changed. Configurations that already name a `KAFUNet` stay as they are, so do
-            those with a network of another kind.
+        plans: nnU-Net's plans; not changed. Configurations that already name a `KAFUNet` keep it, with every option of
+            its kaf block written out; those with a network of another kind stay as they are.
         config: the layers; None = the defaults.
 
     Returns:
         A deep copy. A configuration that only inherits its architecture keeps inheriting it, unless it changes the
         spacing, which the network must know.
+
+    Raises:
+        KAFError: a kaf block that is there already is wrong.
     """
     out = deepcopy(dict(plans))
     for name, own in plans["configurations"].items():
         resolved = resolve_configuration(plans, name)
+        if is_kaf(plans, name) and "architecture" in own:
+            arguments = out["configurations"][name]["architecture"]["arch_kwargs"]
+            arguments["kaf"] = KAFConfig.from_dict(arguments.get("kaf", {})).to_dict()
         replaceable = resolved["architecture"]["network_class_name"].rsplit(".", 1)[-1] in _REPLACEABLE
         if replaceable and ("architecture" in own or "spacing" in own):
             out["configurations"][name]["architecture"] = kaf_architecture(

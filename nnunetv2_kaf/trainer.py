@@ -87,7 +87,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
     def _substitute(self, plans: dict[str, Any]) -> dict[str, Any]:
         """The plans with `KAFUNet`s: as given, as saved with this model, or with the default layers."""
         if is_kaf(plans, self.configuration_name):
-            return plans
+            return kaf_plans(plans)  # completes the kaf block, so that no later default can change this model
         saved_file = Path(str(self.output_folder_base)) / "plans.json"
         if saved_file.is_file():
             saved: dict[str, Any] = json.loads(saved_file.read_text())

@@ -41,6 +41,12 @@ def test_substitution_keeps_every_option_and_leaves_the_input_alone(plain_plans:
     assert kaf_plans(plans) == plans, "a second substitution changes nothing"
 
 
+def test_partial_kaf_block_is_written_out(plain_plans: Plans) -> None:
+    plans = kaf_plans(plain_plans)
+    plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["kaf"] = {"num_keypoints": 40}
+    assert options(kaf_plans(plans), "2d")["kaf"] == KAFConfig(num_keypoints=40).to_dict()
+
+
 def test_keypoints_are_detected_in_the_image_channels(plain_plans: Plans) -> None:
     plain_plans["configurations"]["2d"]["normalization_schemes"] = ["ZScoreNormalization"] * 3
     assert options(kaf_plans(plain_plans), "2d")["kaf"]["detection_channels"] == [0, 1, 2]
