@@ -240,15 +240,18 @@ def processor() -> str:
 def table(document: dict[str, Any]) -> str:
     """Markdown table of the results."""
     rows = [
-        "| arm | foreground Dice | 95 % interval | difference to plain | training, minutes |",
+        "| arm | foreground Dice | 95 % interval | paired difference to plain | 95 % interval |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for arm, r in document["results"].items():
-        difference = document["difference_to_plain"].get(arm, {"mean": ""})["mean"]
-        rows.append(
-            f"| {arm} | {r['dice_mean']:.4f} | {r['dice_interval_95'][0]:.4f} to {r['dice_interval_95'][1]:.4f} | "
-            f"{difference} | {r['seconds'].get('train', float('nan')) / 60:.1f} |"
-        )
+    for arm, result in document["results"].items():
+        low, high = result["dice_interval_95"]
+        row = f"| `{arm}` | {result['dice_mean']:.4f} | {low:.4f} to {high:.4f} |"
+        difference = document["difference_to_plain"].get(arm)
+        if difference is None:
+            rows.append(row + " | |")
+            continue
+        low, high = difference["interval_95"]
+        rows.append(row + f" {difference['mean']:+.4f} | {low:+.4f} to {high:+.4f} |")
     return "\n".join(rows)
 
 
