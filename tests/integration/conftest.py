@@ -17,7 +17,7 @@ import pytest
 from phantoms import PhantomConfig
 
 HERE = Path(__file__).parent
-TIMEOUT = 600
+TIMEOUT = 1200
 SMALL = PhantomConfig(training=6, test=2, shape=(12, 40, 40))
 
 # nnU-Net's own way to shorten an epoch: a trainer of the user, found through nnUNet_extTrainer.

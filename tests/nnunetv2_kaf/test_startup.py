@@ -32,7 +32,7 @@ def write_module(root: Path, name: str, source: str) -> None:
 def run(source: str, *paths: Path, flags: tuple[str, ...] = ("-S", "-E")) -> subprocess.CompletedProcess[str]:
     prelude = f"import sys\nsys.path[:0] = {[str(path) for path in paths]!r}\n"
     return subprocess.run(
-        [sys.executable, *flags, "-c", prelude + source], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, *flags, "-c", prelude + source], capture_output=True, text=True, check=False, timeout=600
     )
 
 
@@ -253,10 +253,10 @@ def test_class_identity_through_pickle_and_a_spawned_child(sandbox: Sandbox, tmp
         "    assert pickle.loads(pickle.dumps(cls)) is cls\n"
         "    context = multiprocessing.get_context('spawn')\n    queue = context.Queue()\n"
         "    process = context.Process(target=child, args=(cls, queue))\n    process.start()\n"
-        "    same, back = queue.get(timeout=60)\n    process.join()\n    assert same and back is cls\n"
+        "    same, back = queue.get(timeout=300)\n    process.join()\n    assert same and back is cls\n"
     )
     done = subprocess.run(
-        [sys.executable, "-S", "-E", str(script)], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-S", "-E", str(script)], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
 
