@@ -1,6 +1,12 @@
+import json
+from pathlib import Path
+
 import dice_vs_plain
 import numpy as np
 import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "dice_vs_plain.json"
 
 
 def test_difference_is_paired_by_case() -> None:
@@ -20,3 +26,8 @@ def test_interval_is_that_of_the_mean() -> None:
     half = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - half, abs=2e-3)
     assert high == pytest.approx(values.mean() + half, abs=2e-3)
+
+
+def test_readme_shows_the_committed_numbers() -> None:
+    table = dice_vs_plain.table(json.loads(RESULTS.read_text()))
+    assert table in (ROOT / "README.md").read_text()
