@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
@@ -20,33 +19,11 @@ from torch import nn
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import check_configuration, is_kaf, kaf_plans, pretraining_folder
+from nnunetv2_kaf.schedule import WarmupPolyLRScheduler
 from nnunetv2_kaf.weights import LoadReport, load_encoder
 
 PRETRAINED_VARIABLE = "KAF_PRETRAINED"
 INITIALIZATION_FILE = "kaf_initialization.json"
-
-
-class WarmupPolyLRScheduler(PolyLRScheduler):  # type: ignore[misc]
-    """nnU-Net's polynomial decay after a linear warm-up, stepped once an epoch.
-
-    Args:
-        optimizer: the optimiser.
-        initial_lr: learning rate at the end of the warm-up.
-        max_steps: epochs.
-        warmup: epochs of warm-up; 0 gives nnU-Net's own schedule.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, max_steps: int, warmup: int) -> None:
-        self.warmup, self.peak_lr = warmup, initial_lr
-        super().__init__(optimizer, initial_lr, max_steps)
-
-    def step(self, current_step: int | None = None) -> None:
-        """Set the learning rate of epoch `current_step`."""
-        ramp = 1.0
-        if current_step is not None and current_step < self.warmup:
-            ramp = (current_step + 1) / (self.warmup + 1)
-        self.initial_lr = self.peak_lr * ramp
-        super().step(current_step)
 
 
 class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
@@ -95,11 +72,11 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
                 self.print_to_log_file(f"KAF: keypoint fusion as saved with this model in {saved_file}")
                 return kaf_plans(plans, KAFConfig.from_dict(_kaf_block(saved, self.configuration_name)))
         out = kaf_plans(plans)
-        check_configuration(out, self.configuration_name)
+        config = check_configuration(out, self.configuration_name)
         replaced = self.configuration_manager.network_arch_class_name.rsplit(".", 1)[-1]
         self.print_to_log_file(
             f"KAF: replaced the {replaced} of {self.plans_manager.plans_name} by KAFUNet, keypoint fusion "
-            f"{_kaf_block(out, self.configuration_name)}"
+            f"{config.to_dict()}"
         )
         return out
 

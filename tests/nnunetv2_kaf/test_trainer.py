@@ -14,7 +14,7 @@ from nnunetv2_kaf import weights
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import is_kaf, kaf_plans, pretraining_folder
-from nnunetv2_kaf.trainer import WarmupPolyLRScheduler, nnUNetTrainerKAF, nnUNetTrainerKAFScratch
+from nnunetv2_kaf.trainer import nnUNetTrainerKAF, nnUNetTrainerKAFScratch
 
 Plans = dict[str, Any]
 Make = Callable[..., nnUNetTrainerKAF]
@@ -260,22 +260,6 @@ def test_nan_image_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None
     data[1, 0, 2, 2] = torch.nan
     with pytest.raises(KAFError, match=r"\['b'\].*NaN"):
         trainer.train_step({"data": data, "keys": ["a", "b"]})
-
-
-def test_warm_up_then_nnunets_decay() -> None:
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.01)
-    schedule = WarmupPolyLRScheduler(optimizer, 0.01, 100, 5)
-    rates = []
-    for epoch in range(100):
-        schedule.step(epoch)
-        rates.append(optimizer.param_groups[0]["lr"])
-    decay = [0.01 * (1 - epoch / 100) ** 0.9 for epoch in range(100)]
-    assert rates[5:] == pytest.approx(decay[5:])
-    assert rates[:5] == pytest.approx([decay[e] * (e + 1) / 6 for e in range(5)])
-    assert rates[:6] == sorted(rates[:6])
-    schedule.step(7)  # as after --c
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(decay[7])
 
 
 @pytest.mark.parametrize("base", ["nnUNetTrainerKAF", "nnUNetTrainerKAFScratch"])
