@@ -124,7 +124,9 @@ def check_configuration(plans: Mapping[str, Any], configuration: str) -> KAFConf
     return config
 
 
-def pretraining_folder(dataset_name: str, plans_name: str, configuration: str, fold: int | str) -> Path:
+def pretraining_folder(
+    dataset_name: str, plans_name: str, configuration: str, fold: int | str, kind: str = "KAFPretraining"
+) -> Path:
     """Standard place of a pretraining run: next to nnU-Net's trainings of the same dataset.
 
     Args:
@@ -132,6 +134,7 @@ def pretraining_folder(dataset_name: str, plans_name: str, configuration: str, f
         plans_name: plans identifier.
         configuration: 2d, 3d_fullres, ...
         fold: whose validation cases were left out, or "all".
+        kind: first part of the folder's name.
 
     Raises:
         KAFError: nnUNet_results is not set.
@@ -139,7 +142,7 @@ def pretraining_folder(dataset_name: str, plans_name: str, configuration: str, f
     results = os.environ.get("nnUNet_results")  # noqa: SIM112  # nnU-Net's spelling
     if not results:
         raise KAFError("the environment variable nnUNet_results is not set; set it as in nnU-Net's documentation")
-    run = f"KAFPretraining__{plans_name}__{configuration}"
+    run = f"{kind}__{plans_name}__{configuration}"
     return Path(results) / dataset_name / run / f"fold_{fold}"
 
 

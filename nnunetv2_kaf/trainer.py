@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
       the model name the network completely. A model folder that already holds KAF plans keeps its own layers.
     - A new training starts from the pretraining checkpoint of its dataset, plans and configuration, if there is one:
       first of its own fold, then of fold "all". `KAF_PRETRAINED=<path>` names another, `KAF_PRETRAINED=none` none.
+      A pretraining of its own fold that has not finished is an error.
       `kaf_initialization.json` in the fold's folder records the file, its SHA-256 and the tensors.
     - The learning rate warms up over the first twentieth of the epochs (50 of 1000, as in nnU-Net's own warm-up
       trainer): the decoder and the fusion start at random, and their first large gradients, kept alive by a
@@ -160,10 +162,14 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         if path is None:
             return LoadReport(None, None, {}, why)
         report = load_encoder(_unwrapped(self.network), path, self.plans_manager.plans, self.configuration_name)
-        return LoadReport(report.source, report.sha256, report.tensors, f"{why}; {report.note}")
+        return replace(report, note=f"{why}; {report.note}")
 
     def _find_pretraining(self) -> tuple[Path | None, str]:
-        """The checkpoint to start from, and why."""
+        """The checkpoint to start from, and why.
+
+        Raises:
+            KAFError: the pretraining of this fold is unfinished.
+        """
         if not self.use_pretraining:
             return None, f"{type(self).__name__} never loads a pretraining checkpoint"
         chosen = os.environ.get(PRETRAINED_VARIABLE, "").strip()
@@ -177,10 +183,23 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             if path.is_file():
                 seen = "its pretraining saw the images of this fold's validation cases, without labels"
                 return path, "found at its standard place" + (f"; {seen}" if fold == "all" != self.fold else "")
+            if fold == self.fold:
+                self._check_finished(path)
         base = pretraining_folder(name, plans, self.configuration_name, self.fold)
         others = sorted(str(p) for p in base.parent.parent.glob("KAFPretraining__*/fold_*/checkpoint_final.pth"))
         hint = f"; checkpoints of other plans, configurations or folds: {others}" if others else ""
         return None, f"no pretraining checkpoint in {base} or fold_all{hint}"
+
+    def _check_finished(self, final: Path) -> None:
+        latest = final.with_name("checkpoint_latest.pth")
+        if latest.is_file():
+            manager = self.plans_manager
+            raise KAFError(
+                f"the pretraining of this fold is unfinished: found {latest} and no {final.name}. Finish it "
+                f"(kaf-pretrain --dataset {manager.dataset_name} -c {self.configuration_name} -p {manager.plans_name} "
+                f"--fold {self.fold} --continue, with the options it was started with), or set "
+                f"{PRETRAINED_VARIABLE}=none to start from scratch."
+            )
 
     def _record(self, report: LoadReport) -> None:
         if self.local_rank != 0:
@@ -190,7 +209,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         else:
             self.print_to_log_file(
                 f"KAF: {sum(report.tensors.values())} tensors {report.tensors} initialised from {report.source} "
-                f"(SHA-256 {report.sha256}): {report.note}"
+                f"(SHA-256 {report.sha256}): {report.note}" + (f"; adapted: {report.adapted}" if report.adapted else "")
             )
         record = Path(self.output_folder) / INITIALIZATION_FILE
         record.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """The pretraining checkpoint: what is in it, atomic writing, strict loading with a report.
 
 A checkpoint holds tensors and primitives only, so it loads with `weights_only=True`. Its `network_weights` are the full
-state dict of the `KAFUNet` that the plans describe: nnU-Net's own `-pretrained_weights` accepts it too.
+state dict of the network that the plans describe, a `KAFUNet` or one of nnU-Net's own: nnU-Net's `-pretrained_weights`
+accepts it too.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.plans import resolve_configuration
+from nnunetv2_kaf.plans import is_kaf, resolve_configuration
 from nnunetv2_kaf.unet import KAFUNet
 
 FORMAT = "nnunetv2_kaf.pretraining"
@@ -37,14 +38,19 @@ class LoadReport:
     Attributes:
         source: checkpoint path, or None for random initialisation.
         sha256: of the file.
-        tensors: tensors copied, by module.
+        tensors: tensors that the file determined, by module.
         note: why, in words.
+        adapted: tensors that were not copied as they are, by name, and the rule that made them fit (or why one of the
+            file is not used).
+        left: tensors of the encoder that stayed at their random initialisation, by module.
     """
 
     source: str | None
     sha256: str | None
     tensors: dict[str, int]
     note: str
+    adapted: dict[str, str] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -87,34 +93,39 @@ def atomic_save(obj: object, path: str | Path) -> None:
 
 def save_pretraining_checkpoint(
     path: str | Path,
-    network: KAFUNet,
+    network: nn.Module,
     *,
     plans: Mapping[str, Any],
     configuration: str,
+    num_input_channels: int,
     dataset_name: str,
     fold: int | str,
     pretraining: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint that `load_encoder` and nnU-Net's `-pretrained_weights` accept.
+    """Write a checkpoint that nnU-Net's `-pretrained_weights` accepts, and, for a `KAFUNet`, `load_encoder`.
 
     Args:
         path: file to write, atomically.
-        network: the full network; its encoder is what was trained.
-        plans: KAF plans (JSON types) that the network was built from.
+        network: the full network, a `KAFUNet` or nnU-Net's own; its encoder is what was trained.
+        plans: plans (JSON types) that the network was built from.
         configuration: configuration of the plans.
+        num_input_channels: input channels of the network.
         dataset_name: DatasetXXX_Name.
         fold: whose validation cases were left out, or "all".
         pretraining: options and results of the pretraining, JSON types.
 
     Raises:
         KAFError: the file could not be written.
+        ValueError: the plans describe a `KAFUNet` and the network is none, or the other way round.
     """
+    if is_kaf(plans, configuration) != isinstance(network, KAFUNet):
+        raise ValueError(f"the plans' configuration {configuration} does not describe a {type(network).__name__}")
     checkpoint = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "network_weights": {k: v.detach().cpu().clone() for k, v in network.state_dict().items()},
+        "network_weights": _copied(network.state_dict()),
         "architecture": _architecture(plans, configuration),
-        "num_input_channels": _input_channels(network),
+        "num_input_channels": num_input_channels,
         "trained_modules": ["encoder"],
         "dataset_name": dataset_name,
         "configuration": configuration,
@@ -142,6 +153,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint; it is truncated or of another kind "
             f"({type(error).__name__}). Run kaf-pretrain again, or name another file."
         ) from error
+    check_format(checkpoint, path)
+    return dict(checkpoint)
+
+
+def check_format(checkpoint: Any, path: str | Path) -> None:
+    """Check that a loaded file is a pretraining checkpoint.
+
+    Raises:
+        KAFError: it is of another kind or another format version.
+    """
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise KAFError(
             f"{path} is not a pretraining checkpoint of nnunetv2-kaf. Expected a file written by kaf-pretrain "
@@ -152,7 +173,72 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} has format version {checkpoint.get('format_version')}, this nnunetv2-kaf reads {FORMAT_VERSION}. "
             "Install the version that wrote it, or pretrain again."
         )
-    return checkpoint
+
+
+def repeat_input_channels(weight: Tensor, channels: int) -> Tensor:
+    """Make a one-channel first convolution an N-channel one: its weights repeated and divided by N.
+
+    The response to N equal channels is the response of the one-channel convolution to one of them, so that channels of
+    unit variance keep the scale of the activations that the weights were trained with.
+
+    Args:
+        weight: (F, 1, *kernel), or (F, N, *kernel), which is returned as it is.
+        channels: N.
+
+    Returns:
+        (F, N, *kernel).
+
+    Raises:
+        KAFError: the weights have another number of channels, neither 1 nor N; which channel is which is unknown then.
+    """
+    if weight.shape[1] == channels:
+        return weight
+    if weight.shape[1] != 1:
+        raise KAFError(
+            f"input channels: found weights for {weight.shape[1]}, expected 1 (repeated for all channels) or {channels}"
+        )
+    return weight.repeat(1, channels, *[1] * (weight.ndim - 2)) / channels
+
+
+def pad_input_channels(weight: Tensor, channels: int) -> Tensor:
+    """Append input channels of weight zero: the convolution after a `concat` fusion starts by ignoring the fusion.
+
+    Args:
+        weight: (F, C, *kernel).
+        channels: at least C.
+
+    Returns:
+        (F, channels, *kernel).
+
+    Raises:
+        KAFError: `channels` is below C.
+    """
+    missing = channels - weight.shape[1]
+    if missing < 0:
+        raise KAFError(f"input channels: found weights for {weight.shape[1]}, expected at most {channels}")
+    return torch.cat((weight, weight.new_zeros(weight.shape[0], missing, *weight.shape[2:])), dim=1)
+
+
+def identity_projection(weight: Tensor) -> Tensor:
+    """Weights that hand on the first F input channels, for a projection that the pretrained network does not have.
+
+    A residual block whose input and output have equally many channels skips without a projection; after a `concat`
+    fusion it needs one. The block's own normalisation follows, so the skip is kept up to its scale and mean.
+
+    Args:
+        weight: (F, C, 1, ...) of the projection, C at least F; only its shape, type and device are used.
+
+    Returns:
+        (F, C, 1, ...): the identity on the first F channels, zero on the others.
+    """
+    eye = torch.eye(weight.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return eye.reshape(weight.shape)
+
+
+def first_convolution(network: nn.Module) -> list[str]:
+    """Names in the state dict of the weights that see the input (one tensor, which has several names)."""
+    keys: Any = network.keys_to_in_proj
+    return [f"{key}.weight" for key in keys]
 
 
 def load_encoder(network: nn.Module, path: str | Path, plans: Mapping[str, Any], configuration: str) -> LoadReport:
@@ -165,16 +251,29 @@ def load_encoder(network: nn.Module, path: str | Path, plans: Mapping[str, Any],
         configuration: its configuration.
 
     Returns:
-        How many tensors of which modules were loaded.
+        How many tensors of which modules were loaded. A pretraining on one image channel is adapted to a training on
+        several (`repeat_input_channels`); the report says so.
 
     Raises:
-        KAFError: the checkpoint cannot be read or was made for another network; both configurations are named.
+        KAFError: the checkpoint cannot be read, holds a plain encoder or was made for another network; both
+            configurations are named.
     """
     checkpoint = read_checkpoint(path)
+    if "kaf" not in checkpoint["architecture"]["arch_kwargs"]:
+        raise KAFError(
+            f"{path} holds a plain encoder (kaf-pretrain --network plain), which nnUNetTrainerKAF does not use. It is "
+            f"for nnUNetv2_train ... -tr nnUNetTrainer -pretrained_weights {path}; for this trainer pretrain with "
+            "--network kaf, or set KAF_PRETRAINED=none to start from scratch."
+        )
     theirs = f"{checkpoint['dataset_name']}, {checkpoint['plans']['plans_name']}, {checkpoint['configuration']}"
     ours = f"{plans['dataset_name']}, {plans['plans_name']}, {configuration}"
     differences = _differences(checkpoint, network, plans, configuration)
-    source = checkpoint["network_weights"]
+    source, adapted = dict(checkpoint["network_weights"]), {}
+    if _repeats_channels(checkpoint, network, plans, configuration):
+        channels = _input_channels(network)
+        for name in set(first_convolution(network)) & set(source):
+            source[name] = repeat_input_channels(source[name], channels)
+            adapted[name] = f"1 input channel repeated for {channels}, divided by {channels}"
     target = {k: v for k, v in network.state_dict().items() if k.startswith("encoder.")}
     if not differences:
         keys = set(target) ^ {k for k in source if k.startswith("encoder.")}
@@ -189,8 +288,19 @@ def load_encoder(network: nn.Module, path: str | Path, plans: Mapping[str, Any],
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])
-    modules = Counter(".".join(name.split(".")[:2]) for name in target)
-    return LoadReport(str(path), _sha256(path), dict(modules), f"pretrained on ({theirs}), fold {checkpoint['fold']}")
+    note = f"pretrained on ({theirs}), fold {checkpoint['fold']}"
+    return LoadReport(str(path), file_sha256(path), count_by_module(target), note, adapted)
+
+
+def count_by_module(names: Iterable[str]) -> dict[str, int]:
+    """Tensors per module, e.g. {"encoder.stages": 36}."""
+    return dict(Counter(".".join(name.split(".")[:2]) for name in names))
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in main memory; a parameter with several names (an encoder convolution has four) is copied once."""
+    copies = {(v.data_ptr(), v.shape): v.detach().cpu().clone() for v in state.values()}
+    return {k: copies[v.data_ptr(), v.shape] for k, v in state.items()}
 
 
 def _architecture(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
@@ -210,15 +320,26 @@ def _differences(
     theirs, ours = checkpoint["architecture"]["arch_kwargs"], _architecture(plans, configuration)["arch_kwargs"]
     theirs = {**theirs, **{f"kaf.{k}": v for k, v in theirs["kaf"].items()}, "kaf": None}
     ours = {**ours, **{f"kaf.{k}": v for k, v in ours["kaf"].items()}, "kaf": None}
+    repeats = _repeats_channels(checkpoint, network, plans, configuration)
+    # the detector has no weights: in which channels it looks for keypoints follows the images
+    ignored = (*_NOT_ENCODER, "kaf.detection_channels") if repeats else _NOT_ENCODER
     found = [
         f"{key}: checkpoint {_plain(theirs.get(key))}, training {_plain(ours.get(key))}"
         for key in sorted(set(theirs) | set(ours))
-        if key not in _NOT_ENCODER and _plain(theirs.get(key)) != _plain(ours.get(key))
+        if key not in ignored and _plain(theirs.get(key)) != _plain(ours.get(key))
     ]
     channels = _input_channels(network)
-    if checkpoint["num_input_channels"] != channels:
+    if checkpoint["num_input_channels"] != channels and not repeats:
         found.append(f"input channels: checkpoint {checkpoint['num_input_channels']}, training {channels}")
     return found
+
+
+def _repeats_channels(
+    checkpoint: Mapping[str, Any], network: nn.Module, plans: Mapping[str, Any], configuration: str
+) -> bool:
+    """Whether one-channel weights meet several image channels. A cascade's one-hot channels are no images: False."""
+    images = len(resolve_configuration(plans, configuration)["normalization_schemes"])
+    return bool(checkpoint["num_input_channels"] == 1 < images == _input_channels(network))
 
 
 def _plain(value: Any) -> Any:
@@ -226,7 +347,8 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _sha256(path: str | Path) -> str:
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file."""
     with Path(path).open("rb") as handle:
         digest = hashlib.sha256()
         while block := handle.read(1 << 20):

@@ -7,32 +7,29 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from pretraining.render import Recipe, join, render
 
 
 @dataclass(frozen=True)
 class PairSample:
-    """One pair of views of one case; index 0 of the leading axis is the first side.
+    """One pair of views of one patient; index 0 of the leading axis is the first side.
 
     Attributes:
-        case: identifier.
-        views: (2, C, *V) float32.
-        grids: (2, *V, D) float32 source voxel coordinates of every view voxel.
-        extents: (D,) float32 source shape.
+        cases: identifiers of the two sides.
+        views: (2, C, *V) float32, or the recipe to render them from.
+        coords: (2, K, D) float32 keypoints in view voxels, 0 where invalid.
+        valid: (2, K) bool.
+        matches: (K,) long: index into the second side's keypoints, or -1.
         positions: (2, A) float32 normalised positions along the volume.
-        known_transform: both views show the same voxels.
-        references: un-augmented source crops, two of (C, *R), 2D only (for descriptors), else ``None``.
-        origins: (2, D) float32 source voxel at index 0 of the references.
     """
 
-    case: str
-    views: Tensor
-    grids: Tensor
-    extents: Tensor
+    cases: tuple[str, str]
+    views: Tensor | Recipe
+    coords: Tensor
+    valid: Tensor
+    matches: Tensor
     positions: Tensor
-    known_transform: bool
-    references: tuple[Tensor, Tensor] | None
-    origins: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,71 +37,55 @@ class Batch:
     """B pairs; the leading axis of size 2B holds all first sides, then all second sides.
 
     Attributes:
-        cases: B identifiers.
-        views: (2B, C, *V).
-        grids: (2B, *V, D).
-        extents: (2B, D).
+        cases: 2B identifiers.
+        views: (2B, C, *V), or the recipe to render them from.
+        coords: (2B, K, D).
+        valid: (2B, K) bool.
+        matches: (B, K) long.
         positions: (2B, A).
-        known_transform: (B,) bool.
-        references: (2B, C, *R), padded by repeating the border, or ``None``.
-        origins: (2B, D).
     """
 
     cases: tuple[str, ...]
-    views: Tensor
-    grids: Tensor
-    extents: Tensor
+    views: Tensor | Recipe
+    coords: Tensor
+    valid: Tensor
+    matches: Tensor
     positions: Tensor
-    known_transform: Tensor
-    references: Tensor | None
-    origins: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch with all tensors on ``device``."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Batch(
-            self.cases,
-            move(self.views),
-            move(self.grids),
-            move(self.extents),
-            move(self.positions),
-            move(self.known_transform),
-            None if self.references is None else move(self.references),
-            move(self.origins),
+        """Return the batch with everything on ``device``."""
+        coords, valid, matches, positions = (
+            t.to(device, non_blocking=True) for t in (self.coords, self.valid, self.matches, self.positions)
         )
+        return Batch(self.cases, self.views.to(device), coords, valid, matches, positions)
+
+    def rendered(self, shape: Sequence[int]) -> Tensor:
+        """Return the views (2B, C, *V), computed on the batch's device if that has not been done yet."""
+        return render(self.views, shape) if isinstance(self.views, Recipe) else self.views
 
 
 def collate(samples: Sequence[PairSample]) -> Batch:
-    """Stack samples into a batch; references of different sizes are padded, nothing is cut."""
+    """Stack samples into a batch; nothing is cut."""
 
     def sides(name: str) -> Tensor:
-        return torch.stack([getattr(sample, name)[side] for side in (0, 1) for sample in samples])
+        stacked = torch.stack([getattr(sample, name) for sample in samples], dim=1)
+        return stacked.flatten(0, 1)
 
+    first = [sample.views for sample in samples if isinstance(sample.views, Recipe)]
+    views: Tensor | Recipe = _sides_of(join(first)) if first else sides("views")
     return Batch(
-        cases=tuple(sample.case for sample in samples),
-        views=sides("views"),
-        grids=sides("grids"),
-        extents=torch.stack([sample.extents for sample in samples]).repeat(2, 1),
+        cases=tuple(sample.cases[side] for side in (0, 1) for sample in samples),
+        views=views,
+        coords=sides("coords"),
+        valid=sides("valid"),
+        matches=torch.stack([sample.matches for sample in samples]),
         positions=sides("positions"),
-        known_transform=torch.tensor([sample.known_transform for sample in samples]),
-        references=_pad_references(samples),
-        origins=sides("origins"),
     )
 
 
-def _pad_references(samples: Sequence[PairSample]) -> Tensor | None:
-    """Stack the reference crops, first sides then second sides, to the largest shape of the batch."""
-    crops = [sample.references[side] for side in (0, 1) for sample in samples if sample.references is not None]
-    if not crops:
-        return None
-    target = [max(crop.shape[axis] for crop in crops) for axis in range(1, crops[0].ndim)]
-    padded = []
-    for crop in crops:
-        missing = [(0, t - s) for t, s in zip(target, crop.shape[1:], strict=True)]
-        amounts = [amount for pair in reversed(missing) for amount in pair]
-        # Repeating the border adds no edge that a descriptor near it could latch on to.
-        padded.append(functional.pad(crop.unsqueeze(0), amounts, mode="replicate").squeeze(0))
-    return torch.stack(padded)
+def _sides_of(recipe: Recipe) -> Recipe:
+    """Reorder the views of joined pairs (first, second, first, ...) to all first sides, then all second sides."""
+    order = [*range(0, len(recipe.seeds), 2), *range(1, len(recipe.seeds), 2)]
+    index = torch.tensor(order)
+    seeds = tuple(recipe.seeds[i] for i in order)
+    return Recipe(recipe.sources[index], recipe.control[index], recipe.intensity[index], seeds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ logger = logging.getLogger(__name__)
 LATEST = "checkpoint_latest.pth"
 FINAL = "checkpoint_final.pth"
 FORMAT = "nnunetv2_kaf.pretraining_run"
+FORMAT_VERSION = 2
 
 
-def run_identity(task: Task, fold: int | str, cases: tuple[str, ...], batch_size: int) -> dict[str, Any]:
+def run_identity(
+    task: Task, fold: int | str, cases: Sequence[str], batch_size: int, init: str | None = None
+) -> dict[str, Any]:
     """Return what a run is about, besides its options; a run can only be continued as the same one."""
     return {
         "dataset": task.dataset_name,
@@ -35,6 +38,7 @@ def run_identity(task: Task, fold: int | str, cases: tuple[str, ...], batch_size
         "spacing": list(task.spacing),
         "batch_size": batch_size,
         "cases": list(cases),
+        "init": init,
     }
 
 
@@ -46,9 +50,11 @@ def save_latest(path: Path, state: TrainingState, config: PretrainConfig, identi
     """
     checkpoint = {
         "format": FORMAT,
+        "format_version": FORMAT_VERSION,
         "config": config.to_dict(),
         "identity": dict(identity),
-        "epoch": state.epoch,
+        "step": state.step,
+        "sums": state.sums,
         "history": state.history,
         "network": state.network.state_dict(),
         "model": state.model.state_dict(),
@@ -74,6 +80,8 @@ def load_latest(path: Path, state: TrainingState, config: PretrainConfig, identi
         raise KAFError(f"{path} cannot be read ({type(error).__name__}); it may be truncated. {fresh}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise KAFError(f"{path} is not a checkpoint of an unfinished kaf-pretrain run. {fresh}")
+    if checkpoint.get("format_version") != FORMAT_VERSION:
+        raise KAFError(f"{path} was written by another version of kaf-pretrain. {fresh}")
     differences = PretrainConfig.from_dict(checkpoint["config"]).differences(config)
     differences += [
         f"{key}: {_brief(checkpoint['identity'].get(key))} != {_brief(value)}"
@@ -92,7 +100,8 @@ def load_latest(path: Path, state: TrainingState, config: PretrainConfig, identi
         raise KAFError(f"{path} was made for another network (were the plans changed?): {error} {fresh}") from error
     state.optimizer.load_state_dict(checkpoint["optimizer"])
     state.scaler.load_state_dict(checkpoint["scaler"])
-    state.epoch = checkpoint["epoch"]
+    state.step = checkpoint["step"]
+    state.sums = checkpoint["sums"]
     state.history = checkpoint["history"]
     torch.set_rng_state(checkpoint["rng_cpu"])
     if len(checkpoint["rng_cuda"]) == torch.cuda.device_count() > 0:
@@ -108,6 +117,7 @@ def export(path: Path, state: TrainingState, task: Task, fold: int | str, pretra
     save_pretraining_checkpoint(
         path,
         state.network,
+        num_input_channels=task.channels,
         plans=task.plans,
         configuration=task.configuration,
         dataset_name=task.dataset_name,
@@ -116,16 +126,21 @@ def export(path: Path, state: TrainingState, task: Task, fold: int | str, pretra
     )
 
 
+_FILES = (LATEST, FINAL, "progress.png", "pretraining.log", "nonfinite_batch.json", "tensorboard", "wandb")
+
+
 def set_aside(folder: Path) -> list[Path]:
     """Rename the files of an earlier run in ``folder`` to ``<name>.bak-<time>``; returns the new paths.
 
     Raises:
         KAFError: if a file cannot be renamed.
     """
-    earlier = [folder / name for name in (LATEST, FINAL, "progress.png", "pretraining.log", "nonfinite_batch.json")]
+    earlier = [folder / name for name in _FILES]
+    for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink(missing_ok=True)
     moved = []
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    for path in filter(Path.is_file, earlier):
+    for path in filter(Path.exists, earlier):
         target, count = path.with_name(f"{path.name}.bak-{stamp}"), 1
         while target.exists():
             target, count = path.with_name(f"{path.name}.bak-{stamp}-{count}"), count + 1

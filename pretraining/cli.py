@@ -1,4 +1,4 @@
-"""``kaf-pretrain``: self-supervised pretraining on a dataset that nnU-Net has preprocessed."""
+"""``kaf-pretrain``: self-supervised pretraining on the images of a group's datasets and folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.config import PretrainConfig, flag
+from pretraining.config import PRESETS, PretrainConfig, flag
 
 if TYPE_CHECKING:
     import torch
@@ -28,17 +28,43 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Pretrain the keypoint-augmented encoder without labels on a dataset that nnU-Net has "
-        "preprocessed. nnUNetTrainerKAF then starts from the result by itself.",
+        "preprocessed, and on further unlabelled images. nnUNetTrainerKAF then starts from the result by itself. "
+        "Several GPUs: torchrun --nproc-per-node N -m pretraining.cli ...",
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what to pretrain on")
-    what.add_argument("-d", "--dataset", required=True, help="dataset number or name, e.g. 4 or Dataset004_Hippocampus")
+    what.add_argument(
+        "-d",
+        "--dataset",
+        required=True,
+        nargs="+",
+        metavar="DATASET",
+        help="dataset number or name, e.g. 4 or Dataset004_Hippocampus; of further ones the raw training images are "
+        "preprocessed with the plans of the first",
+    )
+    what.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="folders of more unlabelled images in nnU-Net's naming (case_0000.nii.gz), preprocessed with the plans",
+    )
+    what.add_argument(
+        "--skip-bad", action="store_true", help="go on without images that cannot be used, instead of stopping"
+    )
     what.add_argument("-c", "--configuration", required=True, help="configuration, e.g. 2d or 3d_fullres")
     what.add_argument("-p", "--plans", default="nnUNetPlans", help="plans name (default: nnUNetPlans)")
     what.add_argument(
         "--fold",
         default="0",
-        help="leave out the validation cases of this fold of nnU-Net's split; 'all' uses every case (default: 0)",
+        help="leave out the validation patients of this fold of nnU-Net's split; 'all' uses every case (default: 0)",
+    )
+    what.add_argument(
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="start the convolutional part from this checkpoint of nnssl, of an nnU-Net training or of kaf-pretrain",
     )
     how = parser.add_argument_group("how to run")
     how.add_argument("--device", default=None, help="cuda, mps or cpu (default: the first of these that is available)")
@@ -48,6 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from checkpoint_latest.pth of the same run; without one, start a new run",
     )
+    how.add_argument(
+        "--output", type=Path, metavar="DIR", help="write here instead of the place where nnUNetTrainerKAF looks"
+    )
+    how.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     workers = max(1, min(8, (os.cpu_count() or 2) - 1))
     how.add_argument(
         "--num-workers",
@@ -56,6 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"threads that prepare pairs; 0 = none besides the main one (default here: {workers})",
     )
     options = parser.add_argument_group("training options")
+    options.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="kaf",
+        help="set of objectives that the options below change: kaf (all of the paper's), or the global ones that it "
+        "compares with, which also work with --network plain (default: kaf)",
+    )
     for item in fields(PretrainConfig):
         text = item.metadata["help"].replace("%", "%%")
         default = "" if item.default is None else f" (default: {item.default})"
@@ -63,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
             flag(item.name),
             dest=item.name,
             type=item.metadata["kind"],
-            default=item.default,
+            default=argparse.SUPPRESS,
             metavar=item.metadata["kind"].__name__.upper(),
             choices=item.metadata["choices"],
             help=text + default,
@@ -72,36 +109,66 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
+    """Run the command; returns the exit code: 0 done or stopped by a cluster's signal, 2 bad input, 130 interrupted."""
     parsed = build_parser().parse_args(arguments)
-    _log_to_stderr()
     try:
-        _say(_run(parsed))
+        config = _config(parsed)
     except KAFError as error:
         sys.stderr.write(f"{PROGRAM}: error: {error}\n")
         return 2
+    # Here and not at the top: --help and a mistyped option need not wait for torch.
+    from pretraining import distributed
+    from pretraining.signals import PreemptedError
+
+    try:
+        device = choose_device(parsed.device)
+        with distributed.process_group(device) as own_device:
+            first = distributed.rank() == 0
+            _log_to_stderr(logging.INFO if first else logging.WARNING)
+            message = _run(parsed, config, own_device)
+            if first:
+                _say(message)
+    except KAFError as error:
+        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
+        return 2
+    except PreemptedError as stop:
+        sys.stderr.write(f"{PROGRAM}: {stop}\n")
     except KeyboardInterrupt:
         sys.stderr.write(f"{PROGRAM}: interrupted; the same command with --continue goes on from the last epoch.\n")
         return 130
     return 0
 
 
-def _run(parsed: argparse.Namespace) -> str:
-    """Resolve the input, pretrain, and return the closing message."""
-    config = PretrainConfig(**{item.name: getattr(parsed, item.name) for item in fields(PretrainConfig)})
-    fold = _parse_fold(parsed.fold)
+def _config(parsed: argparse.Namespace) -> PretrainConfig:
+    """Check the options that need no data."""
+    given = {item.name: getattr(parsed, item.name) for item in fields(PretrainConfig) if hasattr(parsed, item.name)}
+    _parse_fold(parsed.fold)
     if parsed.num_workers < 0:
         raise KAFError(f"--num-workers is {parsed.num_workers}; expected 0 or more.")
-    # Here and not at the top: --help and a mistyped option need not wait for torch.
-    from nnunetv2_kaf.plans import pretraining_folder
+    return PretrainConfig.from_preset(parsed.preset, given)
+
+
+def _run(parsed: argparse.Namespace, config: PretrainConfig, device: torch.device) -> str:
+    """Resolve the input, pretrain, and return the closing message."""
+    fold = _parse_fold(parsed.fold)
     from pretraining.run import RunOptions, pretrain
     from pretraining.task import resolve_task
 
-    task = resolve_task(parsed.dataset, parsed.configuration, parsed.plans)
-    device = choose_device(parsed.device)
-    folder = pretraining_folder(task.dataset_name, task.plans_name, task.configuration, fold)
-    checkpoint = pretrain(task, config, RunOptions(device, fold, parsed.resume, parsed.num_workers))
-    return _closing(task, fold, checkpoint, folder)
+    dataset, *others = parsed.dataset
+    task = resolve_task(dataset, parsed.configuration, parsed.plans, config.network)
+    options = RunOptions(
+        device=device,
+        fold=fold,
+        resume=parsed.resume,
+        num_workers=parsed.num_workers,
+        folder=parsed.output,
+        datasets=others,
+        folders=parsed.images,
+        skip_bad=parsed.skip_bad,
+        init=parsed.init,
+        compiled=parsed.compile,
+    )
+    return _closing(task, fold, pretrain(task, config, options), parsed.output is not None)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -141,15 +208,16 @@ def _parse_fold(text: str) -> int | str:
     raise KAFError(f"--fold is {text!r}; expected a fold number (0, 1, ...) or 'all'.")
 
 
-def _closing(task: Task, fold: int | str, checkpoint: Path, folder: Path) -> str:
+def _closing(task: Task, fold: int | str, checkpoint: Path, elsewhere: bool) -> str:
     """Say where everything is and what comes next."""
     plans = "" if task.plans_name == "nnUNetPlans" else f" -p {task.plans_name}"
     target: Any = "FOLD" if fold == "all" else fold
-    return (
-        f"Checkpoint: {checkpoint}\n"
-        f"Curves:     {folder / 'progress.png'}\n"
-        f"Next:       nnUNetv2_train {task.dataset_id} {task.configuration} {target} -tr nnUNetTrainerKAF{plans}"
-    )
+    train = f"nnUNetv2_train {task.dataset_id} {task.configuration} {target}"
+    if task.network == "plain":
+        train += f"{plans} -pretrained_weights {checkpoint}"
+    else:
+        train = f"{f'KAF_PRETRAINED={checkpoint} ' if elsewhere else ''}{train} -tr nnUNetTrainerKAF{plans}"
+    return f"Checkpoint: {checkpoint}\nCurves:     {checkpoint.with_name('progress.png')}\nNext:       {train}"
 
 
 def _say(message: str) -> None:
@@ -157,10 +225,14 @@ def _say(message: str) -> None:
     sys.stdout.write(message + "\n")
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(level: int) -> None:
     """Send the log of this package to stderr, once per process."""
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -19,6 +20,7 @@ def _option(
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
     changeable: bool = False,
+    pattern: bool = False,
 ) -> Any:
     """Dataclass field whose metadata drive validation and ``kaf-pretrain --help``.
 
@@ -30,6 +32,7 @@ def _option(
         high: inclusive upper bound.
         choices: allowed strings.
         changeable: may differ when a run is continued (it does not change the result).
+        pattern: the value is a regular expression with one group.
     """
     metadata = {
         "kind": kind,
@@ -39,8 +42,24 @@ def _option(
         "choices": choices,
         "optional": default is None,
         "changeable": changeable,
+        "pattern": pattern,
     }
     return field(default=default, metadata=metadata)
+
+
+COMPONENTS = ("bottleneck", "keypoints", "local", "transport")
+"""Names of the losses; each has an option ``weight_<name>``."""
+
+_GLOBAL_ONLY = {"weight_keypoints": 0.0, "weight_local": 0.0, "weight_transport": 0.0}
+PRESETS: dict[str, dict[str, Any]] = {
+    "kaf": {},
+    "simclr": {"positives": "simclr", **_GLOBAL_ONLY},
+    "gcl": {"positives": "gcl", **_GLOBAL_ONLY},
+    "pcl": {"positives": "pcl", **_GLOBAL_ONLY},
+}
+"""Values by which the presets differ from the defaults: all objectives of Yang et al. (NeurIPS 2023), and the global
+ones that it compares with: SimCLR (Chen et al., ICML 2020), GCL (Chaitanya et al., NeurIPS 2020), PCL (Zeng et al.,
+MICCAI 2021)."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +69,13 @@ class PretrainConfig:
     epochs: int = _option(50, int, "number of epochs", low=1)
     iterations: int = _option(250, int, "optimiser steps per epoch", low=1)
     batch_size: int | None = _option(
-        None, int, "pairs per step (two views each); default: the plan's batch size, at least 2, at most 32", low=1
+        None,
+        int,
+        "pairs (of two views) that are contrasted with each other, over all processes; default: the plan's batch size "
+        "per process, at least 2, at most 32",
+        low=1,
     )
+    accumulate: int = _option(1, int, "batches per optimiser step; each batch is contrasted within itself", low=1)
     seed: int = _option(0, int, "seed of the initial weights, the pairs and the augmentation", low=0)
     save_every: int = _option(1, int, "epochs between two saves of checkpoint_latest.pth", low=1, changeable=True)
 
@@ -64,18 +88,50 @@ class PretrainConfig:
     warmup: float = _option(0.05, float, "share of all steps with a linear warm-up of the learning rate", low=0, high=1)
     clip_norm: float = _option(12.0, float, "gradients are clipped to this norm", low=1e-12)
 
-    temperature: float = _option(0.1, float, "temperature of the contrastive losses", low=1e-4)
-    position_threshold: float = _option(
-        0.1, float, "views at normalised positions closer than this (every axis) are global positives", low=0, high=1
+    network: str = _option(
+        "kaf", str, "kaf: the keypoint-augmented encoder; plain: nnU-Net's own encoder", choices=("kaf", "plain")
     )
+    temperature: float = _option(0.1, float, "temperature of the contrastive losses", low=1e-4)
+    positives: str = _option(
+        "pcl",
+        str,
+        "global positives are the two views of a pair (simclr), the views of the same partition of the volume (gcl), "
+        "those at similar positions (pcl)",
+        choices=("simclr", "gcl", "pcl"),
+    )
+    position_threshold: float = _option(
+        0.1, float, "pcl: positives are at normalised positions closer than this, on every axis", low=0, high=1
+    )
+    partitions: int = _option(4, int, "gcl: partitions of the volume along every axis", low=1)
     weight_bottleneck: float = _option(1.0, float, "weight of the global loss on the pooled bottleneck", low=0)
     weight_keypoints: float = _option(1.0, float, "weight of the global loss on the keypoint aggregate", low=0)
-    weight_local: float = _option(1.0, float, "weight of the local loss on corresponding keypoints", low=0)
+    weight_local: float = _option(1.0, float, "weight of the local contrastive loss on corresponding keypoints", low=0)
+    weight_transport: float = _option(
+        0.1, float, "weight of the local loss that matches keypoints by optimal transport", low=0
+    )
+    transport_matched: float = _option(0.45, float, "transport: weight of the matched keypoints", low=0)
+    transport_unmatched: float = _option(1.0, float, "transport: weight of the unmatched keypoints", low=0)
+    transport_layers: int = _option(2, int, "transport: layers of self and cross attention between two views", low=0)
+    sinkhorn_iterations: int = _option(50, int, "transport: Sinkhorn iterations (the paper: 100)", low=1)
     projection_dim: int = _option(128, int, "size of the global embeddings", low=2)
     descriptor_dim: int = _option(256, int, "size of the keypoint descriptors", low=2)
 
     slice_distance: float = _option(
         0.05, float, "2D: the neighbouring slice is within this share of the slices (at least 1)", low=0, high=1
+    )
+    across: float = _option(
+        0.25,
+        float,
+        "probability that the second view comes from another image (time, phase) of the same patient, if there is one",
+        low=0,
+        high=1,
+    )
+    patient_pattern: str = _option(
+        r"(.*\d)_[A-Za-z]+\d*",
+        str,
+        "regular expression whose first group is the patient in a case identifier (the whole identifier where it does "
+        "not match): patient001_frame01 is patient001",
+        pattern=True,
     )
     shift: float = _option(
         0.25, float, "largest shift between the two crops of a pair, as a share of the patch", low=0, high=0.9
@@ -86,7 +142,7 @@ class PretrainConfig:
     search_radius_mm: float | None = _option(
         None,
         float,
-        "keypoints of neighbouring slices are compared within this distance; default: 8 finest voxels",
+        "keypoints of neighbouring slices or other phases are compared within this distance; default: 8 finest voxels",
         low=0,
     )
 
@@ -115,8 +171,31 @@ class PretrainConfig:
             raise KAFError(
                 f"--scale-min is {self.scale_min} and --scale-max is {self.scale_max}; expected scale-min <= scale-max."
             )
-        if self.weight_bottleneck + self.weight_keypoints + self.weight_local == 0:
+        if not self.components:
             raise KAFError("All loss weights are 0: there is nothing to learn. Set at least one --weight-... above 0.")
+        needs_keypoints = [flag(f"weight_{name}") for name in self.components if name != "bottleneck"]
+        if self.network == "plain" and needs_keypoints:
+            raise KAFError(
+                f"--network plain has no keypoint layers, but {', '.join(needs_keypoints)} is above 0. Use --preset "
+                "simclr, gcl or pcl, or set these weights to 0."
+            )
+
+    @property
+    def components(self) -> dict[str, float]:
+        """Weights of the losses that take part, by name."""
+        weights = {name: float(getattr(self, f"weight_{name}")) for name in COMPONENTS}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    @classmethod
+    def from_preset(cls, preset: str, overrides: Mapping[str, Any]) -> PretrainConfig:
+        """Return the options of a preset with some of them replaced.
+
+        Raises:
+            KAFError: for an unknown preset and invalid values.
+        """
+        if preset not in PRESETS:
+            raise KAFError(f"--preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
+        return cls.from_dict({**PRESETS[preset], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a dict of JSON primitives."""
@@ -157,6 +236,8 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
     if isinstance(value, bool) or not isinstance(value, accepted):
         raise KAFError(f"{flag(name)} is {value!r}; expected a value of type {kind.__name__}.")
+    if metadata["pattern"] and isinstance(value, str):
+        _check_pattern(name, value)
     choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
     if choices is not None and value not in choices:
         raise KAFError(f"{flag(name)} is {value!r}; expected one of {', '.join(choices)}.")
@@ -166,3 +247,13 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise KAFError(
             f"{flag(name)} is {value}; expected a value from {low} to {'infinity' if high is None else high}."
         )
+
+
+def _check_pattern(name: str, value: str) -> None:
+    """Raise a KAFError if ``value`` is not a regular expression with a group."""
+    try:
+        groups = re.compile(value).groups
+    except re.error as error:
+        raise KAFError(f"{flag(name)} is {value!r}, which is not a regular expression ({error}).") from error
+    if groups < 1:
+        raise KAFError(f"{flag(name)} is {value!r}; expected a group in parentheses, as in '(.*)_frame[0-9]+'.")

@@ -72,16 +72,14 @@ def match_by_descriptor(
 ) -> Tensor:
     """Match keypoints of two different images (neighbouring slices) by appearance within a radius.
 
-    Arguments as for `match_by_transform`, and unit-norm descriptors (B, Ka, E) and (B, Kb, E). The cost is the squared
-    descriptor distance 2 - 2 <a, b>, so the nearest neighbour is the most correlated one. A point with a zero
-    descriptor (no structure around it) is never matched.
+    Arguments as for `match_by_transform`, and unit-norm descriptors (B, Ka, E) and (B, Kb, E). The cost -<a, b>
+    orders them as the descriptor distance 2 - 2 <a, b> does: the nearest neighbour is the most correlated one. A point
+    with a zero descriptor (no structure around it) is never matched.
     """
-    has_texture = (descriptors_first.abs().amax(2) > 0).unsqueeze(2) & (descriptors_second.abs().amax(2) > 0).unsqueeze(
-        1
-    )
+    has_texture = descriptors_first.any(2).unsqueeze(2) & descriptors_second.any(2).unsqueeze(1)
     near = distances_mm(first, second, spacing) <= radius_mm
     allowed = near & has_texture & valid_first.unsqueeze(2) & valid_second.unsqueeze(1)
-    return mutual_nearest(2 - 2 * torch.bmm(descriptors_first, descriptors_second.transpose(1, 2)), allowed)
+    return mutual_nearest(-torch.bmm(descriptors_first, descriptors_second.transpose(1, 2)), allowed)
 
 
 def patch_descriptors(

@@ -1,157 +1,138 @@
-"""The I/O edge: nnU-Net's preprocessed images. Segmentations and the .pkl files (class locations) are never opened."""
+"""Which images a pretraining run uses: of all sources, without the patients that a fold validates on."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import blosc2
 import numpy as np
 
 from nnunetv2_kaf.errors import KAFError
+from pretraining.checks import BadImages, write_text
+from pretraining.images import PreprocessedImages
+from pretraining.patients import patient_of, split_by_patients
+from pretraining.preprocess import preprocess_source
+from pretraining.raw_images import find_sources
+from pretraining.task import Task
 
 logger = logging.getLogger(__name__)
 
 
-class PreprocessedImages:
-    """Lazily read images of one preprocessed configuration.
+def collect_images(
+    task: Task,
+    extra_datasets: Sequence[str],
+    folders: Sequence[Path],
+    *,
+    fold: int | str,
+    patient_pattern: str,
+    bad: BadImages,
+    num_workers: int,
+) -> tuple[PreprocessedImages, list[str]]:
+    """Find all images of a run, and preprocess those that are not.
+
+    The plans of the first dataset govern: its own preprocessed images are used as they are, the raw images of all other
+    sources are preprocessed as it was and cached. No file of a left-out patient is opened, and no label at all. With
+    several processes, call it in one first: the others then find everything cached.
 
     Args:
-        folder: e.g. ``$nnUNet_preprocessed/Dataset004_X/nnUNetPlans_3d_fullres``.
-        preprocess_command: named in errors as the fix.
+        task: the first dataset with its plans and configuration.
+        extra_datasets: numbers or names of further datasets in ``$nnUNet_raw``.
+        folders: of further raw images.
+        fold: the patients of its validation cases are left out of every source; ``"all"`` uses all images.
+        patient_pattern: finds the patient in a case identifier.
+        bad: the collector of raw images that cannot be used.
+        num_workers: images at a time.
+
+    Returns:
+        The images of all sources, and the identifiers of those to train on.
 
     Raises:
-        KAFError: if the folder is missing or holds no images.
+        KAFError: a source is missing, or no case is left.
     """
-
-    def __init__(self, folder: Path, preprocess_command: str) -> None:
-        """List the cases."""
-        self.folder = folder
-        self.command = preprocess_command
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        blosc = [n[:-5] for n in names if n.endswith(".b2nd") and not n.endswith("_seg.b2nd")]
-        numpy_format = [n[:-4] for n in names if n.endswith(".npz")]
-        if not blosc and not numpy_format:
-            found = "no such folder" if not folder.is_dir() else "no .b2nd or .npz images in it"
-            raise KAFError(f"The dataset is not preprocessed: {folder} ({found}). Run: {preprocess_command}")
-        self.ending = ".b2nd" if blosc else ".npz"
-        self.identifiers = blosc or numpy_format
-        self._checked_constant: set[str] = set()
-
-    def path(self, case: str) -> Path:
-        """Return the image file of a case; an unpacked ``.npy`` is preferred over ``.npz``."""
-        unpacked = self.folder / f"{case}.npy"
-        return unpacked if self.ending == ".npz" and unpacked.is_file() else self.folder / f"{case}{self.ending}"
-
-    def shape(self, case: str) -> tuple[int, ...]:
-        """Return the array shape (C, Z, Y, X)."""
-        return tuple(int(n) for n in self._open(case).shape)
-
-    def read(self, case: str, box: Sequence[slice]) -> np.ndarray:
-        """Read part of an image.
-
-        Args:
-            case: identifier.
-            box: one slice per spatial axis.
-
-        Returns:
-            (C, *box) float32, a fresh array.
-
-        Raises:
-            KAFError: if the file is unreadable or holds NaN or infinite values.
-        """
-        source = self._open(case)
-        try:
-            array = np.array(source[(slice(None), *box)], dtype=np.float32)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise self._unreadable(case, error) from error
-        if not np.isfinite(array).all():
-            raise KAFError(
-                f"{self.path(case)} contains NaN or infinite values. Correct the raw image of case {case} (or remove "
-                f"the case) and preprocess again: {self.command}"
-            )
-        if array.size and float(array.min()) == float(array.max()):
-            self._warn_if_constant(case, source)
-        return array
-
-    def _open(self, case: str) -> Any:
-        path = self.path(case)
-        try:
-            if path.suffix == ".b2nd":
-                # Memory mapping a b2nd file fails on Windows (nnU-Net has the same exception).
-                extra = {} if os.name == "nt" else {"mmap_mode": "r"}
-                return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **extra)
-            if path.suffix == ".npy":
-                return np.load(path, mmap_mode="r")
-            with np.load(path) as archive:
-                return archive["data"]
-        except Exception as error:  # blosc2 and zipfile raise many types for a truncated file
-            raise self._unreadable(case, error) from error
-
-    def _unreadable(self, case: str, error: Exception) -> KAFError:
-        path = self.path(case)
-        return KAFError(
-            f"{path} cannot be read as a preprocessed image ({type(error).__name__}: {error}); it may be truncated. "
-            f"Delete it and preprocess again: {self.command}"
-        )
-
-    def _warn_if_constant(self, case: str, source: Any) -> None:
-        """Warn once per case whose whole image is constant; a constant crop of a normal image is no news."""
-        if case in self._checked_constant:
-            return
-        self._checked_constant.add(case)
-        whole = np.asarray(source[:])
-        if float(whole.min()) == float(whole.max()):
-            logger.warning(
-                "Case %s is constant (%g everywhere): no keypoints, it adds nothing to the local loss.",
-                case,
-                float(whole.min()),
-            )
+    own = PreprocessedImages(task.image_folder, task.preprocess_command).identifiers
+    sources = find_sources(task, extra_datasets, folders, bad)
+    everything = [*own, *(identifier for source in sources for identifier in source.identifiers)]
+    cases = training_cases(everything, task.dataset_folder, fold, patient_pattern)
+    further: dict[str, Path] = {}
+    for source in sources:
+        further.update(preprocess_source(task, source.restricted(cases), bad, num_workers))
+    images = PreprocessedImages(task.image_folder, task.preprocess_command, further)
+    for source in sources:
+        logger.info("%s: %d images of %s.", source.key, sum(c in further for c in source.identifiers), source.folder)
+    return images, [case for case in cases if "/" not in case or case in further]
 
 
-def training_cases(images: PreprocessedImages, dataset_folder: Path, fold: int | str) -> list[str]:
-    """Return the cases that pretraining may see: all but the validation cases of the fold.
-
-    The split is nnU-Net's: ``splits_final.json`` if it exists, otherwise the one that nnU-Net would create, which is
-    saved as nnU-Net would so that both agree. A fold beyond the file's folds gets nnU-Net's seeded 80:20 split.
+def training_cases(
+    identifiers: Iterable[str], dataset_folder: Path, fold: int | str, patient_pattern: str
+) -> list[str]:
+    """Return the cases that pretraining may see: all but those of the patients that the fold validates on.
 
     Args:
-        images: the preprocessed images.
+        identifiers: of the first dataset, and ``<source>/<case>`` of further sources.
         dataset_folder: ``$nnUNet_preprocessed/DatasetXXX``.
         fold: fold number, or ``"all"`` for every case.
+        patient_pattern: finds the patient in a case identifier.
+
+    Returns:
+        The first dataset's cases in alphabetical order, then those of the other sources.
 
     Raises:
-        KAFError: if the split file is not usable or leaves no case.
+        KAFError: if the split file is not usable or no case is left.
     """
-    everything = sorted(images.identifiers)
+    everything = sorted(identifiers, key=lambda case: ("/" in case, case))
     if fold == "all":
         logger.info(
             "Fold all: pretraining uses all %d cases, validation cases of every fold included.", len(everything)
         )
         return everything
-    fold = int(fold)
-    path = dataset_folder / "splits_final.json"
-    splits = _read_splits(path) if path.is_file() else _create_splits(everything, path)
-    if fold < len(splits):
-        validation = set(splits[fold]["val"])
-    else:
-        generator = np.random.RandomState(seed=12345 + fold)  # nnU-Net's own draw
-        chosen = generator.choice(len(everything), int(len(everything) * 0.8), replace=False)
-        validation = set(everything) - {everything[i] for i in chosen}
-    cases = [case for case in everything if case not in validation]
+    own = [case for case in everything if "/" not in case]
+    train, validation = _split(own, dataset_folder / "splits_final.json", int(fold))
+    _warn_of_leak(train, validation, fold, patient_pattern)
+    cases, left_out = split_by_patients(everything, validation, patient_pattern)
+    patients = len({patient_of(case, patient_pattern) for case in validation})
     if not cases:
-        raise KAFError(f"Fold {fold} of {path} leaves no training case among the {len(everything)} preprocessed ones.")
-    logger.info(
-        "Fold %d: pretraining uses %d cases, %d validation cases are left out.",
-        fold,
-        len(cases),
-        len(everything) - len(cases),
-    )
+        raise KAFError(
+            f"Fold {fold} of {dataset_folder / 'splits_final.json'} leaves no case for training: all "
+            f"{len(everything)} belong to its {patients} validation patient(s). If these are too many cases per "
+            f"patient, correct --patient-pattern (now {patient_pattern!r}); or use --fold all."
+        )
+    logger.info("Fold %s: pretraining uses %d cases; %d validation patients are left out.", fold, len(cases), patients)
+    for source, names in left_out.items():
+        logger.info("Left out of %s: %d cases: %s", source or dataset_folder.name, len(names), ", ".join(names))
     return cases
+
+
+def _warn_of_leak(train: Iterable[str], validation: Iterable[str], fold: int | str, pattern: str) -> None:
+    """Warn if the split, which nnU-Net makes by case, has a patient on both sides."""
+    both = {patient_of(c, pattern) for c in train} & {patient_of(c, pattern) for c in validation}
+    if both:
+        logger.warning(
+            "Fold %s has %d patient(s) both in training and in validation: %s. Pretraining leaves them out, but "
+            "nnU-Net's own training sees them: for an honest validation write a split by patient to splits_final.json.",
+            fold,
+            len(both),
+            ", ".join(sorted(both)),
+        )
+
+
+def _split(identifiers: list[str], path: Path, fold: int) -> tuple[list[str], list[str]]:
+    """Return training and validation cases of a fold of the first dataset, as nnU-Net would.
+
+    The split is ``splits_final.json`` if it exists, otherwise the one that nnU-Net would create, which is saved as
+    nnU-Net would so that both agree. A fold beyond the file's folds gets nnU-Net's seeded 80:20 split.
+
+    Raises:
+        KAFError: if the split file is not usable.
+    """
+    splits = _read_splits(path) if path.is_file() else _create_splits(identifiers, path)
+    if fold < len(splits):
+        return list(splits[fold].get("train", ())), list(splits[fold]["val"])
+    generator = np.random.RandomState(seed=12345 + fold)  # nnU-Net's own draw
+    chosen = {int(i) for i in generator.choice(len(identifiers), int(len(identifiers) * 0.8), replace=False)}
+    train = [case for i, case in enumerate(identifiers) if i in chosen]
+    return train, [case for i, case in enumerate(identifiers) if i not in chosen]
 
 
 def _read_splits(path: Path) -> list[dict[str, list[str]]]:
@@ -166,8 +147,7 @@ def _read_splits(path: Path) -> list[dict[str, list[str]]]:
 
 
 def _create_splits(identifiers: list[str], path: Path) -> list[dict[str, list[str]]]:
-    """Create and save nnU-Net's default split, exactly as nnUNetTrainer.do_split does."""
-    from batchgenerators.utilities.file_and_folder_operations import save_json
+    """Create and save nnU-Net's default split, exactly as nnUNetTrainer.do_split does, but never half a file."""
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     if len(identifiers) < 5:
@@ -176,6 +156,6 @@ def _create_splits(identifiers: list[str], path: Path) -> list[dict[str, list[st
             f"Use --fold all, or write your own split to {path}."
         )
     splits: list[dict[str, list[str]]] = generate_crossval_split(list(np.sort(identifiers)), seed=12345, n_splits=5)
-    save_json(splits, str(path))
+    write_text(path, json.dumps(splits, sort_keys=True, indent=4))
     logger.info("Created nnU-Net's default five-fold split: %s", path)
     return splits

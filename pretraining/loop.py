@@ -1,35 +1,26 @@
-"""Step and epoch: batch -> embeddings -> matches -> losses -> update."""
+"""Step and epoch: batch -> embeddings -> losses -> update."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.keypoints import Keypoints
-from nnunetv2_kaf.unet import KAFUNet
+from pretraining import distributed
 from pretraining.batch import Batch
 from pretraining.config import PretrainConfig
-from pretraining.correspondences import UNMATCHED, match_by_descriptor, match_by_transform, patch_descriptors
 from pretraining.losses import PretrainingLoss
 from pretraining.model import PretrainingModel
-from pretraining.views import inside, source_coordinates
-
-logger = logging.getLogger(__name__)
-
-DEFAULT_RADIUS_VOXELS = 2.0
-DEFAULT_SEARCH_VOXELS = 8.0
-METRICS = ("total", "bottleneck", "keypoints", "local", "matched")
 
 
 @dataclass
@@ -41,15 +32,17 @@ class TrainingState:
         model: encoder and heads.
         optimizer: over the parameters of ``model``.
         scaler: loss scaling, active for float16 only.
-        epoch: epochs done.
-        history: per epoch, the mean of `METRICS` and the learning rate at its end.
+        step: optimiser steps done.
+        sums: sums of the metrics over the steps of an unfinished epoch.
+        history: one record before training (monitoring only) and one per epoch.
     """
 
-    network: KAFUNet
+    network: nn.Module
     model: PretrainingModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -80,148 +73,140 @@ def amp_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def correspond(
-    batch: Batch, points: Keypoints, spacing: tuple[float, ...], config: PretrainConfig
-) -> tuple[Tensor, Tensor]:
-    """Match the keypoints of the two views of each pair.
-
-    Pairs of views of the same voxels are matched by their transforms, neighbouring slices by appearance.
-
-    Args:
-        batch: on the device of the points.
-        points: detected in ``batch.views``, 2B views.
-        spacing: voxel size in mm.
-        config: radii.
-
-    Returns:
-        matches (B, K) long, and usable (2B, K) bool: the valid keypoints that show a voxel of the source image.
-    """
-    source = source_coordinates(batch.grids, points.coords.float())
-    usable = points.valid & inside(source, batch.extents)
-    mm = torch.tensor(spacing, device=source.device, dtype=torch.float32)
-    finest = min(spacing)
-    radius = DEFAULT_RADIUS_VOXELS * finest if config.radius_mm is None else config.radius_mm
-    one, two = source.chunk(2)
-    usable_one, usable_two = usable.chunk(2)
-    matches = match_by_transform(one, two, usable_one, usable_two, mm, radius)
-    if batch.references is None:
-        return matches, usable
-    search = DEFAULT_SEARCH_VOXELS * finest if config.search_radius_mm is None else config.search_radius_mm
-    described = patch_descriptors(batch.references, source - batch.origins.unsqueeze(1), mm, step_mm=finest)
-    first, second = described.chunk(2)
-    similar = match_by_descriptor(one, two, usable_one, usable_two, first, second, mm, search)
-    return torch.where(batch.known_transform.unsqueeze(1), matches, similar), usable
-
-
 class Trainer:
-    """Runs epochs of one configuration on one device.
+    """Runs epochs of one configuration on one device, or its share of them as one of several processes.
 
     Args:
         state: changed in place.
         config: options.
-        spacing: voxel size in mm.
+        patch_size: shape of the views.
         device: where the model is.
         failure_file: JSON written when the loss is not finite.
+        compiled: compile the model with `torch.compile`.
     """
 
     def __init__(
         self,
         state: TrainingState,
         config: PretrainConfig,
-        spacing: tuple[float, ...],
+        patch_size: tuple[int, ...],
         device: torch.device,
         failure_file: Path,
+        compiled: bool = False,
     ) -> None:
-        """Set up the loss and the precision."""
+        """Set up the loss, the precision and the processes."""
         self.state = state
         self.config = config
-        self.spacing = spacing
+        self.patch_size = patch_size
         self.device = device
         self.failure_file = failure_file
         self.dtype = amp_dtype(device)
-        self.loss = PretrainingLoss(
-            temperature=config.temperature,
-            position_threshold=config.position_threshold,
-            weight_bottleneck=config.weight_bottleneck,
-            weight_keypoints=config.weight_keypoints,
-            weight_local=config.weight_local,
-        )
+        self.loss = PretrainingLoss(config)
+        self.forward: nn.Module = state.model
+        if compiled:
+            self.forward = torch.compile(state.model)  # type: ignore[assignment]
+        if distributed.world_size() > 1:
+            devices = [device.index] if device.type == "cuda" else None
+            # Without the bottleneck's loss nothing reaches the last stage.
+            unused = "bottleneck" not in config.components
+            self.forward = DistributedDataParallel(self.forward, device_ids=devices, find_unused_parameters=unused)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
 
-    def compute(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the total loss (with a graph) and all `METRICS` (detached) of a batch on the device."""
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses of a batch on the device, "total" with a graph, and the share of matched keypoints.
+
+        All are values of the global batch, the same on every process.
+        """
+        views = batch.rendered(self.patch_size)
         with self._autocast():
-            out = self.state.model(batch.views)
-        matches, usable = correspond(batch, out.points, self.spacing, self.config)
-        parts = self.loss(out.bottleneck, out.keypoints, out.descriptors, usable, matches, batch.positions)
-        found = (matches != UNMATCHED).sum() / usable.chunk(2)[0].sum().clamp_min(1)
-        metrics = {name: value.detach() for name, value in parts._asdict().items()}
-        return parts.total, {**metrics, "matched": found}
+            out = self.forward(views, batch.coords, batch.valid)
+        values: dict[str, Tensor] = self.loss(out, batch.matches, batch.positions)
+        counts = torch.stack([(batch.matches >= 0).sum(), batch.valid.chunk(2)[0].sum()]).float()
+        matched, shown = distributed.sum_over_ranks(counts)
+        return {**values, "matched": matched / shown.clamp_min(1)}
 
-    def step(self, batch: Batch, index: int) -> dict[str, float]:
-        """Do one optimiser step.
-
-        Args:
-            batch: from the loader.
-            index: number of the step since the start of the run; determines the learning rate.
+    def step(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Do one optimiser step on the next ``accumulate`` batches.
 
         Returns:
-            The `METRICS`.
+            The losses and the share of matched keypoints, means over the batches.
 
         Raises:
-            KAFError: if the loss or the gradient is not finite; the batch's cases are in ``failure_file``.
+            KAFError: if the loss or the gradient is not finite; the cases are in ``failure_file``.
         """
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = learning_rate(index, self.config)
-        total, metrics = self.compute(batch.to(self.device))
-        values = {name: float(value) for name, value in metrics.items()}
-        if not math.isfinite(values["total"]):
-            self._fail("loss", batch, index, values)
-        self.state.optimizer.zero_grad(set_to_none=True)
-        scaler = self.state.scaler
-        torch.autograd.backward(scaler.scale(total))
-        scaler.unscale_(self.state.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.state.model.parameters(), self.config.clip_norm))
+        state, config = self.state, self.config
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(state.step, config)
+        state.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        cases: list[str] = []
+        for part in range(config.accumulate):
+            batch = next(batches)
+            cases += batch.cases
+            # Gradients are averaged over the processes once, with the last batch.
+            wait = part + 1 < config.accumulate and isinstance(self.forward, DistributedDataParallel)
+            with self.forward.no_sync() if wait else nullcontext():  # type: ignore[operator]
+                metrics = self.compute(batch.to(self.device))
+                values = torch.stack(list(metrics.values())).tolist()
+                for name, value in zip(metrics, values, strict=True):
+                    sums[name] = sums.get(name, 0.0) + value / config.accumulate
+                if not math.isfinite(sums["total"]):
+                    self._fail("loss", cases, sums)
+                torch.autograd.backward(state.scaler.scale(metrics["total"] / config.accumulate))
+        state.scaler.unscale_(state.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm))
         # With loss scaling an overflow is expected now and then; the scaler skips that step itself.
-        if not math.isfinite(norm) and not scaler.is_enabled():
-            self._fail("gradient", batch, index, values)
-        scaler.step(self.state.optimizer)
-        scaler.update()
-        return values
+        if not math.isfinite(norm) and not state.scaler.is_enabled():
+            self._fail("gradient", cases, sums)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.step += 1
+        return sums
 
-    def epoch(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Run one epoch, show a progress bar, append to the history and return the epoch's means."""
+    def epoch(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Run the rest of the current epoch and show a progress bar.
+
+        Args:
+            batches: from the current step on.
+            stop: asked after every step; the epoch then ends early, its sums stay in the state.
+
+        Returns:
+            The means of the epoch and its last learning rate, or ``None`` if it was stopped.
+        """
         config, state = self.config, self.state
         state.model.train()
-        sums = dict.fromkeys(METRICS, 0.0)
-        first = state.epoch * config.iterations
-        interactive = sys.stderr.isatty()
+        epoch, done = divmod(state.step, config.iterations)
         with tqdm(
             total=config.iterations,
-            desc=f"epoch {state.epoch + 1}/{config.epochs}",
+            initial=done,
+            desc=f"epoch {epoch + 1}/{config.epochs}",
             leave=False,
-            mininterval=0.1 if interactive else 30,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+            disable=distributed.rank() > 0,
         ) as bar:
-            for done, batch in enumerate(batches, start=1):
-                values = self.step(batch, first + done - 1)
-                for name in METRICS:
-                    sums[name] += values[name]
-                bar.set_postfix_str(" ".join(f"{k}={v / done:.3f}" for k, v in sums.items()), refresh=False)
+            while done < config.iterations:
+                for name, value in self.step(batches).items():
+                    state.sums[name] = state.sums.get(name, 0.0) + value
+                done += 1
+                text = " ".join(f"{k}={v / done:.3f}" for k, v in state.sums.items())
+                bar.set_postfix_str(text, refresh=False)
                 bar.update()
-        record = {name: value / config.iterations for name, value in sums.items()}
-        record["learning_rate"] = learning_rate(first + config.iterations - 1, config)
-        state.epoch += 1
-        state.history.append(record)
-        return record
+                if distributed.any_rank(stop(), self.device) and done < config.iterations:
+                    return None
+        record = {name: value / config.iterations for name, value in state.sums.items()}
+        state.sums = {}
+        return {"epoch": epoch + 1.0, **record, "learning_rate": learning_rate(state.step - 1, config)}
 
-    def _fail(self, what: str, batch: Batch, index: int, values: dict[str, float]) -> None:
+    def _fail(self, what: str, cases: list[str], values: dict[str, float]) -> None:
         """Write the cases of a batch whose loss or gradient is not finite, and stop."""
-        record = {"step": index, "cases": list(batch.cases), "losses": {k: str(v) for k, v in values.items()}}
-        self.failure_file.write_text(json.dumps(record, indent=2) + "\n")
+        everywhere = sorted(set(distributed.gather_names(cases)))
+        record = {"step": self.state.step, "cases": everywhere, "losses": {k: str(v) for k, v in values.items()}}
+        if distributed.rank() == 0:
+            self.failure_file.write_text(json.dumps(record, indent=2) + "\n")
         raise KAFError(
-            f"The {what} is not finite in step {index}, cases {', '.join(batch.cases)} (saved to {self.failure_file}). "
-            "Look at these images for extreme values, or lower --learning-rate; then continue from the last good "
-            "checkpoint with --continue (same options) or start again."
+            f"The {what} is not finite in step {self.state.step}, cases {', '.join(everywhere)} (saved to "
+            f"{self.failure_file}). Look at these images for extreme values, or lower --learning-rate; then continue "
+            "from the last good checkpoint with --continue (same options) or start again."
         )

@@ -1,4 +1,4 @@
-"""Which two views make a pair: neighbouring slices (2D) or overlapping patches (3D) of one volume."""
+"""Which two views make a pair: neighbouring slices (2D) or overlapping patches (3D) of one patient."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ class Side:
     """Where one view of a pair is taken.
 
     Attributes:
+        case: identifier of the image.
+        shape: spatial shape of the image that is cropped: a slice (2 values) or a volume (3).
         centre: centre of the crop in source voxels, array order, voxel centres at integers (D values).
         slice_index: the slice along the first axis of the volume in 2D, ``None`` in 3D.
         position: normalised position along the volume in [0, 1]; one value (slice axis) in 2D, three in 3D.
     """
 
+    case: str
+    shape: tuple[int, ...]
     centre: tuple[float, ...]
     slice_index: int | None
     position: tuple[float, ...]
@@ -27,70 +31,83 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two sides of one case."""
+    """Two sides of one patient."""
 
-    case: str
     first: Side
     second: Side
 
     @property
     def known_transform(self) -> bool:
         """Whether both views show the same voxels, so that their transforms alone give the correspondence."""
-        return self.first.slice_index == self.second.slice_index
+        return self.first.case == self.second.case and self.first.slice_index == self.second.slice_index
 
 
 def sample_pair(
-    case: str,
-    volume_shape: Sequence[int],
+    cases: tuple[str, str],
+    volume_shapes: tuple[Sequence[int], Sequence[int]],
     patch_size: Sequence[int],
     generator: np.random.Generator,
     *,
     slice_distance: float,
     shift: float,
 ) -> Pair:
-    """Draw a pair from one volume.
+    """Draw a pair from one volume, or from two volumes of a patient (time points, phases).
 
-    2D: a uniformly drawn slice and another one at most ``max(1, round(slice_distance * N))`` slices away (method:
-    neighbouring slices are positives); a single-slice volume gives two views of its only slice. 3D, and the in-plane
-    axes in 2D: the first centre is uniform, the second is shifted by up to ``shift`` of the patch per axis.
+    2D: a uniformly drawn slice and one at most ``max(1, round(slice_distance * N))`` slices away (method: neighbouring
+    slices are positives), a different one where both sides are of one volume; a single-slice volume gives two views of
+    its only slice. 3D, and the in-plane axes in 2D: the first centre is uniform, the second is shifted by up to
+    ``shift`` of the patch per axis. Two volumes of a patient are taken to be aligned at their centres, slices by their
+    share of the volume.
 
     Args:
-        case: identifier of the case.
-        volume_shape: spatial shape (Z, Y, X) of the volume.
+        cases: identifiers of the two sides, often the same.
+        volume_shapes: their spatial shapes (Z, Y, X).
         patch_size: view shape; two values (2D) or three (3D).
         generator: source of all draws.
         slice_distance: largest distance of the two slices as a share of the number of slices.
         shift: largest shift between the two centres as a share of the smaller of patch and volume, per axis.
 
     Raises:
-        KAFError: if the volume is empty along an axis or is not three-dimensional.
+        KAFError: if a volume is empty along an axis or is not three-dimensional.
     """
-    if len(volume_shape) != 3 or min(volume_shape) < 1:
-        raise KAFError(
-            f"Case {case} has spatial shape {tuple(volume_shape)}; expected three axes of at least one voxel. "
-            "Preprocess the dataset again."
-        )
-    shape = volume_shape[-len(patch_size) :]
-    first, second = _centres(shape, patch_size, generator, shift)
-    if len(patch_size) == 3:
-        return Pair(case, Side(first, None, _position(first, shape)), Side(second, None, _position(second, shape)))
-    depth = volume_shape[0]
-    here, there = _slices(depth, slice_distance, generator)
-    return Pair(
-        case, Side(first, here, _position((here,), (depth,))), Side(second, there, _position((there,), (depth,)))
+    for case, volume in zip(cases, volume_shapes, strict=True):
+        if len(volume) != 3 or min(volume) < 1:
+            raise KAFError(
+                f"Case {case} has spatial shape {tuple(volume)}; expected three axes of at least one voxel. "
+                "Preprocess the dataset again."
+            )
+    dims = len(patch_size)
+    shapes = [tuple(int(n) for n in volume[-dims:]) for volume in volume_shapes]
+    centres = _centres(shapes[0], shapes[1], patch_size, generator, shift)
+    indices: tuple[int, int] | tuple[None, None] = (None, None)
+    if dims == 2:
+        depths = (volume_shapes[0][0], volume_shapes[1][0])
+        indices = _slices(*depths, slice_distance, cases[0] == cases[1], generator)
+        positions = [_position((z,), (depth,)) for z, depth in zip(indices, depths, strict=True)]
+    else:
+        positions = [_position(centre, shape) for centre, shape in zip(centres, shapes, strict=True)]
+    first, second = (
+        Side(*values)
+        for values in zip(cases, shapes, centres, indices, positions, strict=True)
     )
+    return Pair(first, second)
 
 
-def _slices(depth: int, slice_distance: float, generator: np.random.Generator) -> tuple[int, int]:
-    """Draw a slice and a different one in its neighbourhood (the same one if there is no other)."""
+def _slices(
+    depth: int, other_depth: int, slice_distance: float, same_volume: bool, generator: np.random.Generator
+) -> tuple[int, int]:
+    """Draw a slice and one near the same share of the other volume; two different ones of one volume, if it has two."""
     here = int(generator.integers(depth))
-    reach = max(1, round(slice_distance * depth))
-    candidates = [z for z in range(max(0, here - reach), min(depth, here + reach + 1)) if z != here]
-    return here, int(generator.choice(candidates)) if candidates else here
+    reach = max(1, round(slice_distance * other_depth))
+    there = min(other_depth - 1, int((here + 0.5) / depth * other_depth))
+    candidates = [z for z in range(max(0, there - reach), min(other_depth, there + reach + 1))]
+    if same_volume and len(candidates) > 1:
+        candidates.remove(here)
+    return here, int(generator.choice(candidates))
 
 
 def _centres(
-    shape: Sequence[int], patch_size: Sequence[int], generator: np.random.Generator, shift: float
+    shape: Sequence[int], other: Sequence[int], patch_size: Sequence[int], generator: np.random.Generator, shift: float
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Draw two nearby crop centres whose unrotated crops lie on the voxel raster.
 
@@ -99,17 +116,24 @@ def _centres(
     (smaller than the patch) would have the same position and nothing could be contrasted.
     """
     first, second = [], []
-    for size, patch in zip(shape, patch_size, strict=True):
+    for size, other_size, patch in zip(shape, other, patch_size, strict=True):
         half = (patch - 1) / 2
-        margin = min(patch / 2, size / 4)
-        low, high = (margin - 0.5, size - margin - 0.5) if size > 1 else (0.0, 0.0)
+        low, high = _range(size, patch)
         centre = generator.uniform(low, high)
         reach = shift * min(patch, size) if size > 1 else 0.0
-        other = float(np.clip(centre + generator.uniform(-reach, reach), low, high))
+        # The two images are aligned at their centres.
+        moved = centre + generator.uniform(-reach, reach) + (other_size - size) / 2
+        moved = float(np.clip(moved, *_range(other_size, patch)))
         # A single slice stays exactly on its centre: interpolating it with the padding would only darken it.
         first.append(round(centre - half) + half if size > 1 else 0.0)
-        second.append(round(other - half) + half if size > 1 else 0.0)
+        second.append(round(moved - half) + half if other_size > 1 else 0.0)
     return tuple(first), tuple(second)
+
+
+def _range(size: int, patch: int) -> tuple[float, float]:
+    """Return where crop centres may lie along an axis."""
+    margin = min(patch / 2, size / 4)
+    return (margin - 0.5, size - margin - 0.5) if size > 1 else (0.0, 0.0)
 
 
 def _position(centre: Sequence[float], shape: Sequence[int]) -> tuple[float, ...]:

@@ -1,47 +1,123 @@
-"""progress.png: the loss components and the learning rate per epoch."""
+"""progress.png: what was logged per epoch, one panel per kind of number."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pretraining.config import COMPONENTS
+
 logger = logging.getLogger(__name__)
 
 
-def plot_progress(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Draw the history of a run, as in `TrainingState.history`.
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
 
-    A plot that cannot be written (full disk) is a warning: it must not end a run that can go on.
+    Attributes:
+        label: of the vertical axis.
+        names: key in the history -> name in the legend.
+        height: relative to the other panels.
+        factor: the values are multiplied by it.
+        limits: of the vertical axis; by the data if None.
+        log: logarithmic axis; values that are not positive are left out.
     """
-    epochs = range(1, len(history) + 1)
-    # Not pyplot: it would choose a backend for the whole process.
-    figure = Figure(figsize=(9, 9), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, matched, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    for name in ("total", "bottleneck", "keypoints", "local"):
-        losses.plot(epochs, [entry[name] for entry in history], marker=".", label=name)
-    losses.set_ylabel("loss")
-    losses.legend()
-    matched.plot(epochs, [100 * entry["matched"] for entry in history], marker=".")
-    matched.set_ylabel("matched keypoints (%)")
-    matched.set_ylim(0, 100)
-    rate.plot(epochs, [entry["learning_rate"] for entry in history], marker=".")
-    rate.set_yscale("log")
-    rate.set_ylabel("learning rate")
-    rate.set_xlabel("epoch")
-    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (losses, matched, rate):
-        axes.grid(alpha=0.3)
+
+    label: str
+    names: Mapping[str, str]
+    height: int = 1
+    factor: float = 1.0
+    limits: tuple[float, float] | None = None
+    log: bool = False
+
+
+PANELS = (
+    Panel("loss", {name: name for name in ("total", *COMPONENTS)}, height=2),
+    Panel(
+        "keypoints (%)",
+        {"matched": "matched", "recall_at_1": "recall at 1", "recall_at_5": "recall at 5"},
+        factor=100,
+        limits=(-2, 102),
+    ),
+    Panel("global vectors", {"alignment": "alignment", "uniformity": "uniformity"}),
+    Panel("effective rank", {"effective_rank": "effective rank"}),
+    Panel("learning rate", {"learning_rate": "learning rate"}, log=True),
+)
+
+Points = list[tuple[float, float]]
+
+
+def plot_progress(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw the history of a run, as in `TrainingState.history`; nothing is written while there is nothing to draw.
+
+    The file is replaced as a whole, so that a reader never sees half of it. A plot that cannot be written (full disk)
+    is a warning: it must not end a run that can go on.
+
+    Args:
+        history: per epoch, "epoch" and any of the names in `PANELS`; the first entry may be the state before training.
+        path: of a PNG.
+    """
+    figure = draw_progress(history)
+    if figure is None:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         figure.savefig(temporary, format="png", dpi=100)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         logger.warning("Could not write %s: %s", path, error)
+
+
+def draw_progress(history: Sequence[Mapping[str, float]]) -> Figure | None:
+    """Draw the panels that have data, below each other over a common axis of epochs; None if none has."""
+    drawn = [(panel, lines) for panel in PANELS if (lines := _lines(panel, history))]
+    if not drawn:
+        return None
+    heights = [panel.height for panel, _ in drawn]
+    # Not pyplot: it would choose a backend for the whole process.
+    figure = Figure(figsize=(9, 1 + 2 * sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    column = figure.subplots(len(drawn), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (panel, lines) in zip(column, drawn, strict=True):
+        _draw(axes, panel, lines)
+    column[-1].set_xlabel("epoch")
+    column[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _lines(panel: Panel, history: Sequence[Mapping[str, float]]) -> dict[str, Points]:
+    """Return the points (epoch, value) of every name of the panel that has any."""
+    lines = {name: _points(history, name, panel) for name in panel.names}
+    return {name: points for name, points in lines.items() if points}
+
+
+def _points(history: Sequence[Mapping[str, float]], name: str, panel: Panel) -> Points:
+    """Collect what can be drawn. A number that is measured now and then is one line: gaps are bridged."""
+    points = [(entry.get("epoch", math.nan), panel.factor * entry.get(name, math.nan)) for entry in history]
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not panel.log)]
+
+
+def _draw(axes: Any, panel: Panel, lines: Mapping[str, Points]) -> None:
+    """Draw the lines of one panel."""
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker=".", label=panel.names[name])
+    axes.set_ylabel(panel.label)
+    axes.grid(alpha=0.3)
+    if len(panel.names) > 1:
+        axes.legend()
+    if panel.log:
+        axes.set_yscale("log")
+    if panel.limits is not None:
+        axes.set_ylim(panel.limits)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.plans import check_configuration, kaf_plans
-from nnunetv2_kaf.unet import KAFUNet
+from nnunetv2_kaf.plans import check_configuration, is_kaf, kaf_plans, pretraining_folder, resolve_configuration
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Task:
         dataset_id: number in the name.
         dataset_folder: its folder in ``$nnUNet_preprocessed``.
         plans_name: e.g. ``nnUNetPlans``.
-        plans: the plans with the KAF network in place of a plain one.
+        plans: the plans; with `network` "kaf" with the KAF network in place of a plain one.
+        network: "kaf" or "plain" (nnU-Net's own encoder).
         configuration: e.g. ``3d_fullres``.
         image_folder: folder of the preprocessed images.
         patch_size: view shape in voxels.
@@ -38,6 +41,7 @@ class Task:
     dataset_folder: Path
     plans_name: str
     plans: Mapping[str, Any]
+    network: str
     configuration: str
     image_folder: Path
     patch_size: tuple[int, ...]
@@ -51,13 +55,25 @@ class Task:
         """Return the command that makes the images."""
         return f"nnUNetv2_preprocess -d {self.dataset_id} -plans_name {self.plans_name} -c {self.configuration}"
 
-    def build_network(self) -> KAFUNet:
+    @property
+    def layers(self) -> KAFConfig:
+        """Return the options of the KAF layers; with a plain network the defaults, for the detection of keypoints."""
+        arguments = resolve_configuration(self.plans, self.configuration)["architecture"]["arch_kwargs"]
+        return KAFConfig.from_dict({"detection_channels": list(range(self.channels)), **arguments.get("kaf", {})})
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of all pretraining runs of this task, one sub-folder per fold."""
+        kind = "KAFPretraining" if self.network == "kaf" else "PlainPretraining"
+        return pretraining_folder(self.dataset_name, self.plans_name, self.configuration, "all", kind).parent
+
+    def build_network(self) -> nn.Module:
         """Build the full network that the trainer would build from the same plans (nnU-Net's initialisation)."""
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
         manager = PlansManager(dict(self.plans)).get_configuration(self.configuration)
-        network = get_network_from_plans(
+        network: nn.Module = get_network_from_plans(
             manager.network_arch_class_name,
             manager.network_arch_init_kwargs,
             manager.network_arch_init_kwargs_req_import,
@@ -66,14 +82,14 @@ class Task:
             allow_init=True,
             deep_supervision=True,
         )
-        assert isinstance(network, KAFUNet)  # `resolve_task` has checked the plans
         return network
 
 
-def resolve_task(dataset: str, configuration: str, plans_name: str) -> Task:
+def resolve_task(dataset: str, configuration: str, plans_name: str, network: str = "kaf") -> Task:
     """Find dataset, plans and configuration.
 
     Args:
+        network: "kaf" or "plain".
         dataset: number or name.
         configuration: e.g. ``2d`` or ``3d_fullres``.
         plans_name: e.g. ``nnUNetPlans``.
@@ -112,14 +128,21 @@ def resolve_task(dataset: str, configuration: str, plans_name: str) -> Task:
     if not dataset_json.is_file():
         raise KAFError(f"{dataset_json} is missing. Run: nnUNetv2_plan_and_preprocess -d {dataset_id}")
     description = _load(dataset_json)
-    substituted = kaf_plans(plans)
-    check_configuration(substituted, configuration)
+    if network == "kaf":
+        plans = kaf_plans(plans)
+        check_configuration(plans, configuration)
+    elif is_kaf(plans, configuration):
+        raise KAFError(
+            f"--network plain: the plans {plans_name} hold a keypoint-augmented network. Choose plans of nnU-Net's own "
+            "planners with -p, e.g. nnUNetPlans."
+        )
     return Task(
         dataset_name=folder.name,
         dataset_id=dataset_id,
         dataset_folder=folder,
         plans_name=plans_name,
-        plans=substituted,
+        plans=plans,
+        network=network,
         configuration=configuration,
         image_folder=folder / config.data_identifier,
         patch_size=tuple(int(n) for n in config.patch_size),

@@ -62,8 +62,8 @@ def pretrain(trainer: nnUNetTrainerKAF, fold: int | str = "all", path: Path | No
     name, plans = manager.dataset_name, manager.plans_name
     path = path or pretraining_folder(name, plans, trainer.configuration_name, fold) / "checkpoint_final.pth"
     weights.save_pretraining_checkpoint(
-        path, network, plans=manager.plans, configuration=trainer.configuration_name, dataset_name=name, fold=fold,
-        pretraining={},
+        path, network, plans=manager.plans, configuration=trainer.configuration_name, num_input_channels=1,
+        dataset_name=name, fold=fold, pretraining={},
     )  # fmt: skip
     return path, network
 
@@ -190,6 +190,41 @@ def test_misfit_is_an_error_never_a_partial_load(
     monkeypatch.setenv("KAF_PRETRAINED", str(path))
     with pytest.raises(KAFError, match="num_blocks: checkpoint 2, training 3"):
         start(make(plans=kaf_plans(plain_plans, KAFConfig(num_blocks=3))), monkeypatch)
+
+
+def test_an_unfinished_pretraining_of_the_fold_is_an_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, _ = pretrain(make(), fold=0)
+    latest = final.with_name("checkpoint_latest.pth")
+    final.rename(latest)
+    pretrain(make(), fold="all")
+    with pytest.raises(
+        KAFError,
+        match=r"fold_0/checkpoint_latest\.pth and no checkpoint_final\.pth.*"
+        r"kaf-pretrain --dataset Dataset990_Tiny -c 2d -p nnUNetPlans --fold 0 --continue.*KAF_PRETRAINED=none",
+    ):
+        start(make(), monkeypatch)
+    assert "fold_all" in start(make(fold=1), monkeypatch)["source"], "another fold is not concerned"
+    assert start(make(nnUNetTrainerKAFScratch), monkeypatch)["source"] is None
+    monkeypatch.setenv("KAF_PRETRAINED", "none")
+    assert start(make(), monkeypatch)["source"] is None
+    monkeypatch.delenv("KAF_PRETRAINED")
+    latest.with_name("checkpoint_final.pth").write_bytes(latest.read_bytes())
+    assert start(make(), monkeypatch)["source"] == str(final), "a finished run keeps both files"
+
+
+def test_one_channel_pretraining_of_several_channels_is_recorded(
+    make: Make, monkeypatch: pytest.MonkeyPatch, plain_plans: Plans
+) -> None:
+    path, network = pretrain(make())
+    plain_plans["configurations"]["2d"]["normalization_schemes"] = ["ZScoreNormalization"] * 2
+    dataset = {**DATASET, "channel_names": {"0": "T1", "1": "T2"}}
+    trainer = make(plans=plain_plans, dataset=dataset)
+    record = start(trainer, monkeypatch)
+    assert record["source"] == str(path)
+    weight, name = trainer.network.encoder.stages[0][0].convs[0].conv.weight, "encoder.stages.0.0.convs.0.conv.weight"
+    assert torch.equal(weight, network.state_dict()[name].repeat(1, 2, 1, 1) / 2)
+    assert "repeated for 2" in record["adapted"][name]
+    assert "adapted: {'encoder.stages.0.0.convs.0" in log(trainer)
 
 
 def test_scratch_trainer_never_loads(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

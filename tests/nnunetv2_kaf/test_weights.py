@@ -49,6 +49,7 @@ def save(path: Path, plans: Plans, configuration: str = "2d", channels: int = 1)
         build(plans, configuration, channels),  # type: ignore[arg-type]
         plans=plans,
         configuration=configuration,
+        num_input_channels=channels,
         dataset_name=plans["dataset_name"],
         fold=0,
         pretraining={"epochs": 3},
@@ -107,7 +108,118 @@ def test_another_configuration_or_channel_count_is_an_error(plans: Plans, checkp
     with pytest.raises(KAFError, match=r"nnUNetPlans, 2d\).*nnUNetPlans, 3d_fullres\).*conv_op"):
         weights.load_encoder(build(plans, "3d_fullres"), checkpoint, plans, "3d_fullres")
     with pytest.raises(KAFError, match="input channels: checkpoint 1, training 2"):
-        weights.load_encoder(build(plans, channels=2), checkpoint, plans, "2d")
+        weights.load_encoder(build(plans, channels=2), checkpoint, plans, "2d")  # one image channel, one one-hot
+
+
+def several_channels(plans: Plans, count: int) -> Plans:
+    """The plans of a dataset with that many image channels."""
+    out = kaf_plans(plans)
+    out["configurations"]["2d"]["normalization_schemes"] = ["ZScoreNormalization"] * count
+    block = out["configurations"]["2d"]["architecture"]["arch_kwargs"]["kaf"]
+    block["detection_channels"] = list(range(count))
+    return out
+
+
+def test_one_channel_serves_several_image_channels(plans: Plans, checkpoint: Path, tmp_path: Path) -> None:
+    multi = several_channels(plans, 3)
+    network = build(multi, channels=3)
+    report = weights.load_encoder(network, checkpoint, multi, "2d")
+    stored = torch.load(checkpoint, weights_only=True)["network_weights"]
+    for name, tensor in network.state_dict().items():
+        if name in report.adapted:
+            assert torch.equal(tensor, torch.cat([stored[name]] * 3, dim=1) / 3)
+        elif name.startswith("encoder."):
+            assert torch.equal(tensor, stored[name])
+    assert set(report.adapted) == set(weights.first_convolution(network))
+    assert "repeated for 3" in str(report.to_dict()["adapted"])
+    two = tmp_path / "two.pth"
+    save(two, several_channels(plans, 2), channels=2)
+    with pytest.raises(KAFError, match="input channels: checkpoint 2, training 3"):
+        weights.load_encoder(network, two, multi, "2d")
+    single = build(plans)
+    with pytest.raises(KAFError, match="input channels: checkpoint 2, training 1"):
+        weights.load_encoder(single, two, plans, "2d")
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3, 3)])
+def test_repeated_channels_answer_equal_channels_alike(kernel: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 1, *kernel, generator=generator, dtype=torch.float64)
+    image = torch.randn(2, 1, *[6] * len(kernel), generator=generator, dtype=torch.float64)
+    convolve = getattr(nn.functional, f"conv{len(kernel)}d")
+    repeated = weights.repeat_input_channels(weight, 4)
+    assert repeated.shape == (5, 4, *kernel)
+    torch.testing.assert_close(convolve(image.repeat(1, 4, *[1] * len(kernel)), repeated), convolve(image, weight))
+    assert weights.repeat_input_channels(repeated, 4) is repeated
+    for channels in (1, 5):
+        with pytest.raises(KAFError, match=rf"found weights for 4, expected 1 .* or {channels}"):
+            weights.repeat_input_channels(repeated, channels)
+
+
+def test_padded_channels_are_ignored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, image = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(2))
+    fused = torch.cat((image, torch.randn(4, 3, 3, 3, generator=generator)), dim=1)
+    conv2d = nn.functional.conv2d
+    torch.testing.assert_close(conv2d(fused, weights.pad_input_channels(weight, 5)), conv2d(image, weight))
+    assert torch.equal(weights.pad_input_channels(weight, 2), weight)
+    with pytest.raises(KAFError, match="found weights for 2, expected at most 1"):
+        weights.pad_input_channels(weight, 1)
+
+
+def test_identity_projection_hands_on_the_first_channels() -> None:
+    fused = torch.randn(2, 6, 4, 5, generator=torch.Generator().manual_seed(0))
+    projection = weights.identity_projection(torch.empty(3, 6, 1, 1))
+    assert torch.equal(nn.functional.conv2d(fused, projection), fused[:, :3])
+
+
+def plain_checkpoint(path: Path, plans: Plans) -> nn.Module:
+    network = build(plans)
+    weights.save_pretraining_checkpoint(
+        path, network, plans=plans, configuration="2d", num_input_channels=1, dataset_name="Dataset990_Tiny",
+        fold=0, pretraining={},
+    )  # fmt: skip
+    return network
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_plain_network_is_saved_for_nnunets_own_trainer(plain_plans: Plans, tmp_path: Path, residual: bool) -> None:
+    if residual:
+        entry = plain_plans["configurations"]["2d"]["architecture"]
+        entry["network_class_name"] = entry["network_class_name"].replace("PlainConvUNet", "ResidualEncoderUNet")
+        entry["arch_kwargs"]["n_blocks_per_stage"] = entry["arch_kwargs"].pop("n_conv_per_stage")
+    path = tmp_path / "plain.pth"
+    source = plain_checkpoint(path, plain_plans)
+    network = build(plain_plans, classes=5)
+    load_pretrained_weights(network, str(path))
+    expected = source.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in network.state_dict().items() if ".seg_layers." not in k)
+    assert torch.load(path, weights_only=True)["num_input_channels"] == 1
+
+
+def test_a_plain_checkpoint_is_explained(plans: Plans, plain_plans: Plans, tmp_path: Path) -> None:
+    path = tmp_path / "plain.pth"
+    plain_checkpoint(path, plain_plans)
+    with pytest.raises(KAFError, match=r"plain encoder.*-tr nnUNetTrainer -pretrained_weights .*plain\.pth"):
+        weights.load_encoder(build(plans), path, plans, "2d")
+
+
+def test_plans_must_describe_the_network(plans: Plans, plain_plans: Plans, tmp_path: Path) -> None:
+    for network, wrong in ((build(plans), plain_plans), (build(plain_plans), plans)):
+        with pytest.raises(ValueError, match="does not describe a"):
+            weights.save_pretraining_checkpoint(
+                tmp_path / "x.pth", network, plans=wrong, configuration="2d", num_input_channels=1,
+                dataset_name="Dataset990_Tiny", fold=0, pretraining={},
+            )  # fmt: skip
+
+
+def test_a_parameter_with_several_names_is_stored_once(plans: Plans, checkpoint: Path) -> None:
+    stored = torch.load(checkpoint, weights_only=True)["network_weights"]
+    size = sum(p.numel() * p.element_size() for p in build(plans).parameters())
+    assert (
+        sum(s.nbytes() for s in {v.untyped_storage().data_ptr(): v.untyped_storage() for v in stored.values()}.values())
+        == size
+    )
 
 
 def test_another_voxel_size_fits(plans: Plans, checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+
+from pretraining.config import PretrainConfig
+from pretraining.images import PreprocessedImages
+from pretraining.keypoint_cache import KeypointCache
+from pretraining.loader import PairLoader
+from pretraining.patients import group_by_patient
+from pretraining.task import resolve_task
 
 torch.set_num_threads(1)
 
@@ -115,3 +123,25 @@ def make_texture() -> Callable[[tuple[int, ...], int], np.ndarray]:
 def fast() -> list[str]:
     """Command-line options of a short CPU run."""
     return ["--device", "cpu", "--epochs", "2", "--iterations", "2", "--batch-size", "3", "--num-workers", "2"]
+
+
+@pytest.fixture
+def make_loader(tiny: TinyDataset) -> Callable[..., Any]:
+    """Build the loader of a configuration of the tiny dataset, with its keypoints cached."""
+
+    def make(configuration: str, workers: int = 0, **changes: Any) -> PairLoader:
+        placement = {k: changes.pop(k) for k in ("rank", "world_size", "stream", "render_later") if k in changes}
+        config = PretrainConfig(**changes)
+        task = resolve_task("123", configuration, "nnUNetPlans")
+        images = PreprocessedImages(task.image_folder, "command")
+        layers = replace(task.layers, num_keypoints=48)
+        cache = KeypointCache(tiny.folder / "keypoints", layers, task.patch_size, task.spacing)
+        for case in images.identifiers:
+            path = images.path(case)
+            cache.create(case, path, images.read(case, (slice(None),) * 3), torch.device("cpu"))
+        patients = group_by_patient(images.identifiers, config.patient_pattern)
+        return PairLoader(
+            images, cache, patients, task.patch_size, task.spacing, 4, config, num_workers=workers, **placement
+        )
+
+    return make

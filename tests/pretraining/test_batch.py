@@ -1,43 +1,48 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from pretraining.batch import PairSample, collate
+from pretraining.config import PretrainConfig
+from pretraining.render import make_recipe, render
+from pretraining.splines import control_points
+from pretraining.views import draw_view
+
+CPU = torch.device("cpu")
 
 
-def sample(case: str, reference: tuple[int, ...] | None, value: float) -> PairSample:
-    crop = None if reference is None else torch.full((1, *reference), value)
+def sample(case: str, value: float) -> PairSample:
     return PairSample(
-        case=case,
+        cases=(case, case + "'"),
         views=torch.stack([torch.full((1, 4, 5), value), torch.full((1, 4, 5), -value)]),
-        grids=torch.full((2, 4, 5, 2), value),
-        extents=torch.tensor([value, value]),
+        coords=torch.stack([torch.full((3, 2), value), torch.full((3, 2), -value)]),
+        valid=torch.tensor([[True, True, False], [True, False, False]]),
+        matches=torch.tensor([0, -1, -1]),
         positions=torch.tensor([[value], [value + 1]]),
-        known_transform=value > 1,
-        references=None if crop is None else (crop, -crop),
-        origins=torch.tensor([[value, 0], [0, value]]),
     )
 
 
 def test_first_sides_come_before_second_sides() -> None:
-    batch = collate([sample("a", (6, 7), 1), sample("b", (8, 3), 2)])
-    assert batch.cases == ("a", "b")
-    assert batch.views[:, 0, 0, 0].tolist() == [1, 2, -1, -2]
-    assert batch.extents[:, 0].tolist() == [1, 2, 1, 2]
+    batch = collate([sample("a", 1), sample("b", 2)]).to(CPU)
+    assert batch.cases == ("a", "b", "a'", "b'")
+    assert batch.rendered((4, 5))[:, 0, 0, 0].tolist() == [1, 2, -1, -2]
+    assert batch.coords[:, 0, 0].tolist() == [1, 2, -1, -2]
+    assert batch.valid.sum(1).tolist() == [2, 2, 1, 1]
     assert batch.positions[:, 0].tolist() == [1, 2, 2, 3]
-    assert batch.known_transform.tolist() == [False, True]
+    assert batch.matches.tolist() == [[0, -1, -1]] * 2
 
 
-def test_references_are_padded_never_cut() -> None:
-    batch = collate([sample("a", (6, 7), 1), sample("b", (8, 3), 2)])
-    assert batch.references is not None
-    assert batch.references.shape == (4, 1, 8, 7)
-    for row, value in zip(batch.references, (1, 2, -1, -2), strict=True):
-        assert (row == value).all()
-    assert collate([sample("a", None, 1)]).references is None
-
-
-def test_moving_keeps_everything() -> None:
-    batch = collate([sample("a", (6, 7), 1)]).to(torch.device("cpu"))
-    assert batch.cases == ("a",)
-    assert batch.references is not None
+def test_rendering_later_gives_the_same_views() -> None:
+    samples, views = [], []
+    for i, size in enumerate([(20, 16), (14, 22)]):
+        generator = np.random.default_rng(i)
+        drawn = [draw_view((8.0, 8.0), (12, 9), (1, 1), 1, PretrainConfig(), generator) for _ in range(2)]
+        image = torch.rand(1, *size, generator=torch.Generator().manual_seed(i))
+        controls = [control_points(p, (12, 9), (1.0, 1.0)) for p in drawn]
+        recipe = make_recipe([image, image], [(0, 0)] * 2, controls, drawn)
+        views.append(render(recipe, (12, 9)))
+        base = sample(str(i), i)
+        samples.append(PairSample(base.cases, recipe, base.coords, base.valid, base.matches, base.positions))
+    expected = torch.cat([v[side : side + 1] for side in (0, 1) for v in views])
+    assert torch.allclose(collate(samples).to(CPU).rendered((12, 9)), expected, atol=1e-4)

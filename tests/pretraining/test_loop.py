@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,30 @@ import pytest
 import torch
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.keypoints import Keypoints
+from pretraining.batch import Batch
 from pretraining.config import PretrainConfig
-from pretraining.dataset import PreprocessedImages
 from pretraining.loader import PairLoader
-from pretraining.loop import METRICS, Trainer, correspond, learning_rate
+from pretraining.loop import Trainer, learning_rate
 from pretraining.run import build_state
 from pretraining.task import resolve_task
 
 CPU = torch.device("cpu")
+Make = Callable[..., PairLoader]
 
 
-def setup(tiny: Any, configuration: str, tmp_path: Path, **changes: Any) -> tuple[Trainer, PairLoader]:
-    task = resolve_task("123", configuration, "nnUNetPlans")
-    config = PretrainConfig(**{"epochs": 1, "iterations": 3, **changes})
-    images = PreprocessedImages(task.image_folder, "command")
-    loader = PairLoader(images, tuple(images.identifiers), task.patch_size, task.spacing, 3, config, 0)
-    return Trainer(build_state(task, config, CPU), config, task.spacing, CPU, tmp_path / "bad.json"), loader
+def setup(
+    make: Make, configuration: str, tmp_path: Path, preset: str = "kaf", compiled: bool = False, **changes: Any
+) -> tuple[Trainer, PairLoader]:
+    config = PretrainConfig.from_preset(preset, {"epochs": 1, "iterations": 3, "sinkhorn_iterations": 5, **changes})
+    task = resolve_task("123", configuration, "nnUNetPlans", config.network)
+    state = build_state(task, config, CPU)
+    trainer = Trainer(state, config, task.patch_size, CPU, tmp_path / "bad.json", compiled)
+    return trainer, make(configuration, **config.to_dict())
+
+
+def repeat(batch: Batch) -> Iterator[Batch]:
+    while True:
+        yield batch
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
@@ -39,96 +48,132 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_every_parameter_gets_a_gradient(tiny: Any, configuration: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("kaf", {}),
+        ("kaf", {"weight_keypoints": 0.0}),
+        ("kaf", {"weight_local": 0.0, "weight_transport": 0.0}),
+        ("kaf", {"transport_layers": 0}),
+        ("simclr", {}),
+        ("gcl", {"network": "plain"}),
+    ],
+)
+def test_every_parameter_gets_a_gradient(
+    tiny: Any, make_loader: Make, configuration: str, preset: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     tiny.add_cases(5)
-    trainer, loader = setup(tiny, configuration, tmp_path)
-    total, metrics = trainer.compute(loader.batch(0))
-    assert set(metrics) == set(METRICS)
+    trainer, loader = setup(make_loader, configuration, tmp_path, preset, **changes)
+    metrics = trainer.compute(loader.batch(0))
+    assert set(metrics) == {*trainer.config.components, "total", "matched"}
     assert metrics["matched"] > 0
-    total.backward()  # type: ignore[no-untyped-call]
+    metrics["total"].backward()  # type: ignore[no-untyped-call]
     assert [name for name, p in trainer.state.model.named_parameters() if p.grad is None] == []
     assert all(p.grad is None for p in trainer.state.network.decoder.seg_layers.parameters())
 
 
+def test_without_its_loss_only_the_bottleneck_stays_untrained(tiny: Any, make_loader: Make, tmp_path: Path) -> None:
+    tiny.add_cases(5)
+    trainer, loader = setup(make_loader, "2d", tmp_path, weight_bottleneck=0.0)
+    trainer.compute(loader.batch(0))["total"].backward()  # type: ignore[no-untyped-call]
+    untrained = {name for name, p in trainer.state.model.named_parameters() if p.grad is None}
+    assert untrained == {
+        name
+        for name, _ in trainer.state.model.named_parameters()
+        if name.startswith("encoder.stages.2.") or name == "encoder.layers.1.diffusion.spread.weight"
+    }
+
+
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_constant_images_give_a_finite_step_without_matches(tiny: Any, configuration: str, tmp_path: Path) -> None:
+def test_images_without_keypoints_give_a_finite_step_with_all_gradients(
+    tiny: Any, make_loader: Make, configuration: str, tmp_path: Path
+) -> None:
     tiny.add("flat", np.full((1, 10, 28, 20), 0.0, np.float32))
-    trainer, loader = setup(tiny, configuration, tmp_path)
-    values = trainer.step(loader.batch(0), 0)
-    assert values["local"] == values["matched"] == 0
+    trainer, loader = setup(make_loader, configuration, tmp_path)
+    values = trainer.step(repeat(loader.batch(0)))
+    assert values["local"] == values["transport"] == values["matched"] == 0
     assert all(math.isfinite(v) for v in values.values())
+    assert [name for name, p in trainer.state.model.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_loss_falls_on_one_batch(tiny: Any, optimizer: str, tmp_path: Path) -> None:
-    tiny.add_cases(3)
+def test_every_loss_falls_on_one_batch(tiny: Any, make_loader: Make, optimizer: str, tmp_path: Path) -> None:
+    tiny.add_cases(4)
     rate = 3e-3 if optimizer == "adamw" else 0.03
-    trainer, loader = setup(tiny, "2d", tmp_path, optimizer=optimizer, learning_rate=rate, epochs=20)
-    batch = loader.batch(0)
-    losses = [trainer.step(batch, step)["total"] for step in range(20)]
-    assert losses[-1] < 0.8 * losses[0]
+    trainer, loader = setup(
+        make_loader, "2d", tmp_path, optimizer=optimizer, learning_rate=rate, epochs=40, positives="simclr"
+    )
+    batches = repeat(loader.batch(0))
+    losses = [trainer.step(batches) for _ in range(40)]
+    assert losses[-1]["total"] < 0.8 * losses[0]["total"]
+    for name in trainer.config.components:
+        assert losses[-1][name] < losses[0][name], name
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_cases(tiny: Any, tmp_path: Path) -> None:
+def test_accumulation_averages_the_gradients_of_its_batches(tiny: Any, make_loader: Make, tmp_path: Path) -> None:
+    tiny.add_cases(5)
+    batches = list(make_loader("2d").batches(0, 2))
+    gradients = []
+    for accumulate in (1, 1, 2):
+        trainer, _ = setup(make_loader, "2d", tmp_path, accumulate=accumulate, clip_norm=1e9, learning_rate=1e-12)
+        values = trainer.step(iter(batches[len(gradients) :] if accumulate == 1 else batches))
+        gradients.append([p.grad.clone() for p in trainer.state.model.parameters() if p.grad is not None])
+        assert trainer.state.step == 1
+        assert math.isfinite(values["total"])
+    for one, two, both in zip(*gradients, strict=True):
+        assert torch.allclose((one + two) / 2, both, atol=1e-5)
+
+
+def test_an_interrupted_epoch_goes_on_where_it_stopped(tiny: Any, make_loader: Make, tmp_path: Path) -> None:
+    tiny.add_cases(5)
+    whole, loader = setup(make_loader, "2d", tmp_path, iterations=4)
+    expected = whole.epoch(loader.batches(0, 4), lambda: False)
+    trainer, loader = setup(make_loader, "2d", tmp_path, iterations=4)
+    asked = iter([False, True])
+    assert trainer.epoch(loader.batches(0, 4), lambda: next(asked)) is None
+    assert trainer.state.step == 2
+    assert trainer.epoch(loader.batches(2, 4), lambda: False) == expected
+    assert trainer.state.sums == {}
+
+
+def test_compiled_model_gives_the_same_losses(
+    tiny: Any, make_loader: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.add_cases(5)
+    original, graphs = torch.compile, []
+
+    def without_code_generation(module: Any, **_: Any) -> Any:
+        graphs.append(module)
+        return original(module, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", without_code_generation)
+    batch = make_loader("2d").batch(0)
+    plain = setup(make_loader, "2d", tmp_path)[0].compute(batch)
+    compiled = setup(make_loader, "2d", tmp_path, compiled=True)[0].compute(batch)
+    assert len(graphs) == 1
+    for name, value in plain.items():
+        assert torch.allclose(value, compiled[name], atol=1e-4), name
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_cases(tiny: Any, make_loader: Make, tmp_path: Path) -> None:
     tiny.add_cases(3)
-    trainer, loader = setup(tiny, "2d", tmp_path)
+    trainer, loader = setup(make_loader, "2d", tmp_path)
     batch = loader.batch(0)
-    batch.views[0, 0, 3, 3] = torch.inf
+    views = batch.rendered(loader.patch_size).clone()
+    views[0, 0, 3, 3] = torch.inf
     with pytest.raises(KAFError, match=batch.cases[0]):
-        trainer.step(batch, 7)
+        trainer.step(repeat(replace(batch, views=views)))
     record = json.loads((tmp_path / "bad.json").read_text())
-    assert record["step"] == 7
-    assert record["cases"] == list(batch.cases)
+    assert record["step"] == 0
+    assert record["cases"] == sorted(set(batch.cases))
 
 
-def test_exploding_gradients_stop_too(tiny: Any, tmp_path: Path) -> None:
+def test_exploding_gradients_stop_too(tiny: Any, make_loader: Make, tmp_path: Path) -> None:
     tiny.add_cases(3)
-    trainer, loader = setup(tiny, "2d", tmp_path)
+    trainer, loader = setup(make_loader, "2d", tmp_path)
     parameter = next(trainer.state.model.parameters())
     parameter.register_hook(lambda gradient: gradient * torch.nan)
     before = parameter.detach().clone()
     with pytest.raises(KAFError, match="gradient"):
-        trainer.step(loader.batch(0), 0)
+        trainer.step(repeat(loader.batch(0)))
     assert torch.equal(parameter, before)
-
-
-def test_correspondence_follows_the_transforms(tiny: Any, tmp_path: Path) -> None:
-    """Points placed on the same source places in both views are matched to each other, whatever the deformation."""
-    tiny.add_cases(3, shape=(1, 12, 40, 32))
-    _, loader = setup(tiny, "3d_fullres", tmp_path, spatial=1.0)
-    batch, spacing = loader.batch(0), (4.0, 1.0, 1.0)
-    count, generator = 40, torch.Generator().manual_seed(0)
-    points = torch.stack([torch.randint(0, n, (6, count), generator=generator) for n in (8, 24, 16)], -1)
-    planted = torch.zeros(3, count, dtype=torch.bool)
-    for pair in range(3):
-        seen = (batch.grids[pair + 3] * torch.tensor(spacing)).flatten(0, -2)
-        for k in range(count):
-            target = batch.grids[pair][tuple(points[pair, k])] * torch.tensor(spacing)
-            distance, nearest = (seen - target).norm(dim=1).min(0)
-            points[pair + 3, k] = torch.tensor(np.unravel_index(int(nearest), batch.grids.shape[1:-1]))
-            planted[pair, k] = distance < 1
-    valid = torch.ones(6, count, dtype=torch.bool)
-    matches, usable = correspond(batch, Keypoints(points.float(), valid, valid.float()), spacing, PretrainConfig())
-    planted &= usable[:3] & usable[3:]
-    assert planted.sum() > 15
-    assert (matches == torch.arange(count))[planted].float().mean() > 0.85
-    nothing = correspond(batch, Keypoints(points.float(), ~valid, valid.float()), spacing, PretrainConfig())
-    assert (nothing[0] == -1).all()
-    assert not nothing[1].any()
-
-
-def test_neighbouring_slices_are_matched_by_appearance(tiny: Any, tmp_path: Path) -> None:
-    volume = np.repeat(np.random.default_rng(0).standard_normal((1, 1, 40, 32)).astype(np.float32), 6, axis=1)
-    tiny.add("same_slices", volume)
-    _, loader = setup(tiny, "2d", tmp_path, spatial=0.0, shift=0.0, mirror=0.0)
-    batch = loader.batch(0)
-    assert not batch.known_transform.any()
-    g = torch.Generator().manual_seed(0)
-    points = torch.stack([torch.randint(2, n - 2, (3, 20), generator=g) for n in (24, 16)], -1).float().repeat(2, 1, 1)
-    valid = torch.ones(6, 20, dtype=torch.bool)
-    matches, usable = correspond(batch, Keypoints(points, valid, valid.float()), (1.0, 1.0), PretrainConfig())
-    matched = matches >= 0
-    assert matched.float().mean() > 0.7
-    same_place = points[3:].gather(1, matches.clamp_min(0).unsqueeze(2).expand(-1, -1, 2)) == points[:3]
-    assert same_place.all(2)[matched].all()
-    assert usable.all()

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.losses import PretrainingLoss, local_contrastive, position_positives, supervised_contrastive
+from pretraining import pairwise
+from pretraining.config import PretrainConfig
+from pretraining.losses import PretrainingLoss, local_contrastive, supervised_contrastive
+from pretraining.model import Embeddings
+from pretraining.positives import partition_positives, position_positives, simclr_positives
+from pretraining.transport import transport_loss
 
 
 def unit(v: Tensor) -> list[float]:
@@ -32,8 +37,8 @@ def naive_supcon(z: Tensor, positives: Tensor, tau: float) -> float:
     return sum(losses) / len(losses) if losses else 0.0
 
 
-def naive_local(a: Tensor, b: Tensor, va: Tensor, vb: Tensor, matches: Tensor, tau: float) -> float:
-    per_pair = []
+def naive_local(a: Tensor, b: Tensor, va: Tensor, vb: Tensor, matches: Tensor, tau: float) -> list[float | None]:
+    per_pair: list[float | None] = []
     for n in range(len(a)):
         one, two = [unit(v) for v in a[n]], [unit(v) for v in b[n]]
         losses = []
@@ -44,9 +49,8 @@ def naive_local(a: Tensor, b: Tensor, va: Tensor, vb: Tensor, matches: Tensor, t
                 total = sum(math.exp(dot(mine[x], other[k]) / tau) for k in range(len(other)) if vo[k])
                 total += sum(math.exp(dot(mine[x], mine[k]) / tau) for k in range(len(mine)) if vm[k] and k != x)
                 losses.append(-math.log(math.exp(dot(mine[x], other[y]) / tau) / total))
-        if losses:
-            per_pair.append(sum(losses) / len(losses))
-    return sum(per_pair) / len(per_pair) if per_pair else 0.0
+        per_pair.append(sum(losses) / len(losses) if losses else None)
+    return per_pair
 
 
 @pytest.mark.parametrize("count", [2, 7, 12])
@@ -72,9 +76,24 @@ def local_case(pairs: int, seed: int, dtype: torch.dtype = torch.float64) -> tup
 
 @pytest.mark.parametrize("pairs", [1, 2, 5])
 @pytest.mark.parametrize("tau", [0.07, 0.5])
-def test_local_contrastive_equals_naive(pairs: int, tau: float) -> None:
+@pytest.mark.parametrize("limit", [2**24, 2 * (36 + 64 + 48)])
+def test_local_contrastive_equals_naive(pairs: int, tau: float, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairwise, "MAX_ELEMENTS", limit)
     case = local_case(pairs, pairs)
-    assert float(local_contrastive(*case, tau)) == pytest.approx(naive_local(*case, tau), abs=1e-9)
+    per_pair, counted = local_contrastive(*case, tau)
+    expected = naive_local(*case, tau)
+    assert per_pair.tolist() == pytest.approx([x or 0.0 for x in expected], abs=1e-9)
+    assert counted.tolist() == [x is not None for x in expected]
+
+
+def test_local_contrastive_ignores_matches_with_padding() -> None:
+    a, b, va, vb, matches = local_case(3, 2)
+    free = torch.tensor([j for j in range(8) if j not in matches[2].tolist()][:1])
+    vb[2, free] = False
+    point = int((matches[2] < 0).nonzero()[0])
+    more = matches.clone()
+    more[2, point] = free
+    assert torch.equal(local_contrastive(a, b, va, vb, more)[0], local_contrastive(a, b, va, vb, matches)[0])
 
 
 def test_hand_computed_values() -> None:
@@ -85,7 +104,7 @@ def test_hand_computed_values() -> None:
     one = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     ok = torch.ones(1, 2, dtype=torch.bool)
     # each anchor: positive 1, two orthogonal negatives
-    assert float(local_contrastive(one, one, ok, ok, torch.tensor([[0, 1]]), 1.0)) == pytest.approx(
+    assert float(local_contrastive(one, one, ok, ok, torch.tensor([[0, 1]]), 1.0)[0]) == pytest.approx(
         math.log(math.e + 2) - 1
     )
 
@@ -95,8 +114,8 @@ def test_collapse_values() -> None:
     assert float(supervised_contrastive(torch.ones(10, 3), ok, 0.1)) == pytest.approx(math.log(9), rel=1e-5)
     points, valid = torch.ones(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
     valid[:, 4] = False
-    loss = local_contrastive(points, points, valid, valid, torch.tensor([[0, 1, 2, 3, -1]] * 2), 0.1)
-    assert float(loss) == pytest.approx(math.log(4 + 4 - 1), rel=1e-5)
+    loss, _ = local_contrastive(points, points, valid, valid, torch.tensor([[0, 1, 2, 3, -1]] * 2), 0.1)
+    assert loss.tolist() == pytest.approx([math.log(4 + 4 - 1)] * 2, rel=1e-5)
 
 
 def test_supervised_contrastive_ignores_order_and_scale() -> None:
@@ -110,35 +129,42 @@ def test_supervised_contrastive_ignores_order_and_scale() -> None:
 
 def test_local_contrastive_ignores_order_padding_and_direction() -> None:
     a, b, va, vb, matches = local_case(3, 9)
-    plain = local_contrastive(a, b, va, vb, matches)
+    plain, _ = local_contrastive(a, b, va, vb, matches)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(local_contrastive(a[:, order], b, va[:, order], vb, matches[:, order]), plain)
+    assert torch.allclose(local_contrastive(a[:, order], b, va[:, order], vb, matches[:, order])[0], plain)
     junk = torch.full((3, 2, 4), torch.nan, dtype=a.dtype)
     mask = torch.zeros(3, 2, dtype=torch.bool)
-    padded = local_contrastive(
-        torch.cat([a, junk], 1).requires_grad_(),
+    padded_a = torch.cat([a, junk], 1).requires_grad_()
+    padded, _ = local_contrastive(
+        padded_a,
         torch.cat([b, junk], 1),
         torch.cat([va, mask], 1),
         torch.cat([vb, mask], 1),
         torch.cat([matches, torch.full((3, 2), -1)], 1),
     )
     assert torch.allclose(padded, plain)
+    (gradient,) = torch.autograd.grad(padded.sum(), padded_a)
+    assert torch.isfinite(gradient).all()
+    assert (gradient[:, 6:] == 0).all()
     backward = torch.full((3, 8), -1)
     for n, row in enumerate(matches.tolist()):
         for i, j in enumerate(row):
             if j >= 0:
                 backward[n, j] = i
-    assert torch.allclose(local_contrastive(b, a, vb, va, backward), plain)
+    assert torch.allclose(local_contrastive(b, a, vb, va, backward)[0], plain)
 
 
 def test_no_positive_gives_zero_with_a_graph() -> None:
     z = torch.randn(4, 3, requires_grad=True)
     loss = supervised_contrastive(z, torch.zeros(4, 4, dtype=torch.bool))
     points, valid = torch.randn(2, 5, 3, requires_grad=True), torch.zeros(2, 5, dtype=torch.bool)
-    local = local_contrastive(points, points, valid, valid, torch.full((2, 5), -1))
-    empty = local_contrastive(points[:, :0], points[:, :0], valid[:, :0], valid[:, :0], torch.full((2, 0), -1))
-    assert loss.item() == local.item() == empty.item() == 0
-    (loss + local + empty).backward()  # type: ignore[no-untyped-call]
+    local, counted = local_contrastive(points, points, valid, valid, torch.full((2, 5), -1))
+    empty, none = local_contrastive(points[:, :0], points, valid[:, :0], valid, torch.full((2, 0), -1))
+    other, nobody = local_contrastive(points, points[:, :0], valid, valid[:, :0], torch.full((2, 5), -1))
+    assert not (counted | none | nobody).any()
+    assert loss.item() == 0
+    assert torch.stack([local, empty, other]).tolist() == [[0.0, 0.0]] * 3
+    (loss + (local + empty + other).sum()).backward()  # type: ignore[no-untyped-call]
     assert z.grad is not None
     assert (z.grad == 0).all()
     assert points.grad is not None
@@ -151,20 +177,7 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x: supervised_contrastive(x, positives, 0.5), (z,))
     a, b, va, vb, matches = local_case(2, 1)
     a.requires_grad_(), b.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, y: local_contrastive(x, y, va, vb, matches, 0.5), (a, b))
-
-
-def test_position_positives() -> None:
-    positions = torch.tensor([[0.10], [0.50], [0.55], [0.58]])
-    expected = [[0, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]]
-    assert position_positives(positions, 0.1).int().tolist() == expected
-    # in 3D all axes must be close
-    assert position_positives(torch.tensor([[0.1, 0.1], [0.1, 0.9], [0.1, 0.1], [0.1, 0.1]]), 0.2).int().tolist() == [
-        [0, 0, 1, 1],
-        [0, 0, 0, 1],
-        [1, 0, 0, 1],
-        [1, 1, 1, 0],
-    ]
+    assert torch.autograd.gradcheck(lambda x, y: local_contrastive(x, y, va, vb, matches, 0.5)[0], (a, b))
 
 
 def test_shape_errors() -> None:
@@ -172,22 +185,99 @@ def test_shape_errors() -> None:
         supervised_contrastive(torch.zeros(3, 2), torch.zeros(2, 2, dtype=torch.bool))
     with pytest.raises(KAFError, match="temperature"):
         supervised_contrastive(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool), 0.0)
-    with pytest.raises(KAFError, match="first sides"):
-        position_positives(torch.zeros(3, 1), 0.1)
     mask = torch.zeros(1, 2, dtype=torch.bool)
     with pytest.raises(KAFError, match="matches"):
         local_contrastive(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), mask, mask, torch.zeros(1, 3).long())
 
 
-def test_components_are_weighted_and_bf16_is_finite() -> None:
+def batch(dtype: torch.dtype = torch.float64) -> tuple[Embeddings, Tensor, Tensor]:
+    """Embeddings of three pairs, one of them without a match; padding holds NaN."""
     g = torch.Generator().manual_seed(0)
-    module = PretrainingLoss(
-        temperature=0.1, position_threshold=0.1, weight_bottleneck=1.0, weight_keypoints=2.0, weight_local=3.0
+    a, b, va, vb, matches = local_case(3, 5)
+    junk, mask = torch.full((3, 2, 4), torch.nan, dtype=a.dtype), torch.zeros(3, 2, dtype=torch.bool)
+    points, valid = torch.cat([torch.cat([a, junk], 1), b]), torch.cat([torch.cat([va, mask], 1), vb])
+    one, two = (torch.randn(6, 8, generator=g) for _ in range(2))
+    values = (one, two, points, 2 * points, torch.tensor(0.3))
+    leaves = [value.to(dtype).requires_grad_() for value in values]
+    return Embeddings(*leaves, valid), torch.nn.functional.pad(matches, (0, 2), value=-1), torch.rand(6, 2, generator=g)
+
+
+@pytest.mark.parametrize("positives", ["simclr", "gcl", "pcl"])
+def test_components_are_those_of_the_functions_and_weighted(positives: str) -> None:
+    config = PretrainConfig(positives=positives, weight_keypoints=2.0, weight_local=3.0, position_threshold=0.4)
+    embeddings, matches, positions = batch()
+    losses = PretrainingLoss(config)(embeddings, matches, positions)
+    assert list(losses) == ["bottleneck", "keypoints", "local", "transport", "total"]
+    mask = {
+        "simclr": simclr_positives(6),
+        "gcl": partition_positives(positions, 4),
+        "pcl": position_positives(positions, 0.4),
+    }[positives]
+    assert embeddings.bottleneck is not None
+    assert embeddings.keypoints is not None
+    assert embeddings.descriptors is not None
+    assert embeddings.matching is not None
+    assert embeddings.dustbin is not None
+    sides = embeddings.valid.chunk(2)
+    local, counted = local_contrastive(*embeddings.descriptors.chunk(2), *sides, matches)
+    transport, several = transport_loss(
+        *embeddings.matching.chunk(2),
+        *sides,
+        matches,
+        embeddings.dustbin,
+        iterations=50,
+        matched_weight=0.45,
+        unmatched_weight=1.0,
     )
-    one, two = (torch.randn(4, 8, generator=g).bfloat16() for _ in range(2))
-    descriptors = torch.randn(4, 5, 8, generator=g).bfloat16()
-    valid = torch.ones(4, 5, dtype=torch.bool)
-    out = module(one, two, descriptors, valid, torch.arange(5).repeat(2, 1), torch.rand(4, 1, generator=g))
-    assert out.total.dtype == torch.float32
-    assert torch.isfinite(out.total)
-    assert torch.allclose(out.total, out.bottleneck + 2 * out.keypoints + 3 * out.local)
+    assert counted.tolist() == [False, True, True]
+    expected = {
+        "bottleneck": supervised_contrastive(embeddings.bottleneck, mask),
+        "keypoints": supervised_contrastive(embeddings.keypoints, mask),
+        "local": local[1:].mean(),
+        "transport": transport[several].mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value)
+    total = expected["bottleneck"] + 2 * expected["keypoints"] + 3 * expected["local"] + 0.1 * expected["transport"]
+    torch.testing.assert_close(losses["total"], total)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_embeddings_are_compared_in_float32(autocast: bool) -> None:
+    embeddings, matches, positions = batch(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = PretrainingLoss(PretrainConfig())(embeddings, matches, positions)
+        losses["total"].backward()
+    exact, _, _ = batch(torch.bfloat16)
+    double = Embeddings(*(value.double() for value in exact[:5]), exact.valid)
+    for name, value in PretrainingLoss(PretrainConfig())(double, matches, positions).items():
+        assert losses[name].dtype == torch.float32
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-4)
+    for leaf in embeddings[:5]:
+        assert leaf is not None
+        assert torch.isfinite(leaf.grad).all()
+        assert leaf.grad.abs().sum() > 0
+
+
+def test_losses_without_weight_need_no_embedding() -> None:
+    embeddings, matches, positions = batch()
+    alone = embeddings._replace(keypoints=None, descriptors=None, matching=None, dustbin=None)
+    losses = PretrainingLoss(PretrainConfig.from_preset("gcl", {}))(alone, matches, positions)
+    assert list(losses) == ["bottleneck", "total"]
+    local = PretrainConfig(weight_bottleneck=0.0, weight_keypoints=0.0, weight_transport=0.0, weight_local=2.0)
+    losses = PretrainingLoss(local)(embeddings._replace(bottleneck=None), matches, positions)
+    assert list(losses) == ["local", "total"]
+    assert losses["total"] == 2 * losses["local"]
+    with pytest.raises(KAFError, match="gives no keypoints"):
+        PretrainingLoss(PretrainConfig())(alone, matches, positions)
+
+
+def test_a_batch_without_any_keypoint_has_finite_losses_and_gradients() -> None:
+    embeddings, matches, positions = batch()
+    nothing = embeddings._replace(valid=torch.zeros_like(embeddings.valid))
+    losses = PretrainingLoss(PretrainConfig())(nothing, torch.full_like(matches, -1), positions)
+    assert losses["local"].item() == losses["transport"].item() == 0
+    losses["total"].backward()
+    for leaf in embeddings[:5]:
+        assert leaf is not None
+        assert torch.isfinite(leaf.grad).all()

@@ -9,7 +9,20 @@ from pretraining.pairs import Pair, sample_pair
 
 def draw(shape: tuple[int, ...], patch: tuple[int, ...], seed: int = 0, **changes: float) -> Pair:
     options = {"slice_distance": 0.05, "shift": 0.25, **changes}
-    return sample_pair("case", shape, patch, np.random.default_rng(seed), **options)
+    return draw_two(shape, shape, ("case", "case"), patch, seed, **options)
+
+
+def draw_two(
+    shape: tuple[int, ...],
+    other: tuple[int, ...],
+    cases: tuple[str, str],
+    patch: tuple[int, ...],
+    seed: int,
+    slice_distance: float = 0.05,
+    shift: float = 0.25,
+) -> Pair:
+    generator = np.random.default_rng(seed)
+    return sample_pair(cases, (shape, other), patch, generator, slice_distance=slice_distance, shift=shift)
 
 
 @pytest.mark.parametrize(("depth", "reach"), [(2, 1), (10, 1), (40, 2), (100, 5)])
@@ -65,3 +78,23 @@ def test_generator_decides() -> None:
 def test_empty_volume() -> None:
     with pytest.raises(KAFError, match="case"):
         draw((0, 4, 4), (4, 4))
+
+
+@pytest.mark.parametrize("patch", [(16, 16), (8, 16, 16)])
+def test_two_images_of_a_patient_are_aligned_at_their_centres(patch: tuple[int, ...]) -> None:
+    shape, other = (20, 60, 40), (28, 64, 50)
+    slices = set()
+    for seed in range(300):
+        pair = draw_two(shape, other, ("p_ed", "p_es"), patch, seed, shift=0.0)
+        assert (pair.first.case, pair.second.case) == ("p_ed", "p_es")
+        assert not pair.known_transform
+        assert pair.first.shape == shape[-len(patch) :]
+        assert pair.second.shape == other[-len(patch) :]
+        for a, b, m, n in zip(pair.first.centre, pair.second.centre, pair.first.shape, pair.second.shape, strict=True):
+            assert abs((a - (m - 1) / 2) - (b - (n - 1) / 2)) <= 1
+        if pair.first.slice_index is not None and pair.second.slice_index is not None:
+            expected = (pair.first.slice_index + 0.5) / 20 * 28
+            assert abs(pair.second.slice_index + 0.5 - expected) <= 2
+            slices.add((pair.first.slice_index, pair.second.slice_index))
+    # the same slice of another phase is a partner as well
+    assert len(patch) == 3 or any(a == 10 and b == 14 for a, b in slices)

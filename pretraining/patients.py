@@ -1,0 +1,60 @@
+"""Which cases belong to one patient."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+
+def patient_of(identifier: str, pattern: str) -> str:
+    """Return the patient of a case.
+
+    Args:
+        identifier: of the case; ``<source>/<case>`` for an image of a further source.
+        pattern: regular expression for the whole case; its first group is the patient. A case that it does not fit is
+            a patient of its own.
+
+    Returns:
+        The patient, with the source in front as in the identifier: equal names in two sources need not be one person,
+        so their images are never paired.
+    """
+    source, slash, case = identifier.rpartition("/")
+    match = re.fullmatch(pattern, case)
+    patient = match.group(1) if match else None
+    return source + slash + (patient or case)
+
+
+def group_by_patient(identifiers: Iterable[str], pattern: str) -> dict[str, tuple[str, ...]]:
+    """Return the cases of every patient, patients and their cases in the order of the identifiers."""
+    groups: dict[str, list[str]] = {}
+    for identifier in identifiers:
+        groups.setdefault(patient_of(identifier, pattern), []).append(identifier)
+    return {patient: tuple(cases) for patient, cases in groups.items()}
+
+
+def split_by_patients(
+    identifiers: Iterable[str], without: Iterable[str], pattern: str
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Separate the images of some patients from all others.
+
+    Here the source does not count: if two sources use the same patient name, both are left out. That may cost an
+    image, the opposite could leak one.
+
+    Args:
+        identifiers: cases of all sources.
+        without: cases whose patients are left out.
+        pattern: as for `patient_of`.
+
+    Returns:
+        The cases that stay, and the ones left out by source (``""`` is the first dataset), both in order.
+    """
+    patients = {patient_of(case.rpartition("/")[2], pattern) for case in without}
+    kept: list[str] = []
+    left_out: dict[str, list[str]] = {}
+    for identifier in identifiers:
+        source, _, case = identifier.rpartition("/")
+        if patient_of(case, pattern) in patients:
+            left_out.setdefault(source, []).append(case)
+        else:
+            kept.append(identifier)
+    return kept, left_out

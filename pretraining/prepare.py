@@ -1,0 +1,160 @@
+"""Everything that happens before the first step: which images, their check, their keypoints, who is held out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nnunetv2_kaf.errors import KAFError
+from pretraining import distributed
+from pretraining.checks import BadImages, read_whole
+from pretraining.config import PretrainConfig
+from pretraining.dataset import collect_images
+from pretraining.images import PreprocessedImages
+from pretraining.keypoint_cache import KeypointCache
+from pretraining.loader import PairLoader
+from pretraining.monitor import PAIRS_AT_ONCE, STREAM, hold_out
+from pretraining.patients import group_by_patient
+from pretraining.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images to use, and how to prepare them.
+
+    Attributes:
+        fold: validation patients of this fold are left out; ``"all"`` uses every case.
+        datasets: further datasets, whose raw training images are used.
+        folders: folders of unlabelled images in nnU-Net's naming.
+        skip_bad: go on without the files that cannot be used.
+        num_workers: threads.
+        device: where keypoints are detected, and views are rendered if it is an accelerator.
+    """
+
+    fold: int | str
+    datasets: Sequence[str]
+    folders: Sequence[Path]
+    skip_bad: bool
+    num_workers: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the run draws from.
+
+    Attributes:
+        loader: makes the training pairs.
+        held_out: makes pairs of cases that are not trained on; of training cases if there are too few.
+        cases: the training cases.
+    """
+
+    loader: PairLoader
+    held_out: PairLoader
+    cases: tuple[str, ...]
+
+
+def prepare(task: Task, config: PretrainConfig, options: DataOptions, batch_size: int) -> Data:
+    """Collect and check the images, detect keypoints where that has not been done, and build the loaders.
+
+    Process 0 does the work, the others wait and find the files.
+
+    Raises:
+        KAFError: for missing or bad images.
+    """
+    if distributed.rank() > 0:
+        distributed.barrier()
+    try:
+        bad = BadImages()
+        images, cases = collect_images(
+            task,
+            options.datasets,
+            options.folders,
+            fold=options.fold,
+            patient_pattern=config.patient_pattern,
+            bad=bad,
+            num_workers=options.num_workers,
+        )
+        cache_folder = task.image_folder.with_name(f"{task.image_folder.name}_kaf_keypoints")
+        keypoints = KeypointCache(cache_folder, task.layers, task.patch_size, task.spacing)
+        cases = cache_keypoints(images, cases, keypoints, task.channels, bad, options)
+        bad.finish(options.skip_bad)
+        if not cases:
+            raise KAFError("All images were skipped as bad (see the warnings above); nothing is left to train on.")
+    finally:
+        # Also after an error: the others must not wait for ever, and will find the same error themselves.
+        if distributed.rank() == 0:
+            distributed.barrier()
+    patients = group_by_patient(cases, config.patient_pattern)
+    training, held_out = hold_out(patients, config.seed)
+    _announce(patients, training, held_out)
+
+    def loader(group: dict[str, tuple[str, ...]], size: int, stream: int, rank: int, world_size: int) -> PairLoader:
+        return PairLoader(
+            images, keypoints, group, task.patch_size, task.spacing, size, config,
+            options.num_workers, rank, world_size, stream, render_later=options.device.type == "cuda",
+        )  # fmt: skip
+
+    return Data(
+        loader(training, batch_size, 0, distributed.rank(), distributed.world_size()),
+        loader(held_out or training, PAIRS_AT_ONCE, STREAM, 0, 1),
+        tuple(case for group in training.values() for case in group),
+    )
+
+
+def cache_keypoints(
+    images: PreprocessedImages,
+    cases: Sequence[str],
+    cache: KeypointCache,
+    channels: int,
+    bad: BadImages,
+    options: DataOptions,
+) -> list[str]:
+    """Read and check every case that has no cached keypoints yet, and detect them.
+
+    Returns:
+        The usable cases; ``bad`` knows the others.
+    """
+    missing = [case for case in cases if not cache.path(case, images.path(case)).is_file()]
+    if missing:
+        logger.info(
+            "Detecting the keypoints of %d of %d cases; they are kept in %s.", len(missing), len(cases), cache.folder
+        )
+
+    def detect(case: str) -> str | None:
+        image = read_whole(images, case, channels, bad)
+        if image is None:
+            return case
+        cache.create(case, images.path(case), image, options.device)
+        return None
+
+    with ThreadPoolExecutor(max(1, options.num_workers)) as pool:
+        results = pool.map(detect, missing)
+        unusable = set(tqdm(results, total=len(missing), desc="keypoints", leave=False, disable=not missing))
+    return [case for case in cases if case not in unusable]
+
+
+def _announce(
+    patients: dict[str, tuple[str, ...]], training: dict[str, tuple[str, ...]], held_out: dict[str, tuple[str, ...]]
+) -> None:
+    """Log how many patients there are and which are held out."""
+    logger.info(
+        "%d image(s) of %d patient(s); %d patient(s) with several images.",
+        sum(map(len, patients.values())),
+        len(patients),
+        sum(len(cases) > 1 for cases in patients.values()),
+    )
+    if held_out:
+        logger.info("Held out to measure on, not trained on: %s.", ", ".join(sorted(held_out)))
+    else:
+        logger.info(
+            "With %d patient(s) none is held out: recall and the like are measured on training cases.", len(training)
+        )

@@ -1,0 +1,118 @@
+"""From crops of source images to the views: a recipe that any device can carry out, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pretraining.splines import spline_grid
+from pretraining.views import ViewParameters
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """N views that have yet to be rendered, on any device.
+
+    Attributes:
+        sources: (N, C, *R) float32 crops of the source images, padded with zeros at the ends.
+        control: (N, G, ..., G, D) float32 control points in voxels of the crops.
+        intensity: (N, 4, C) float32: gamma, contrast, brightness, noise of `ViewParameters`.
+        seeds: N seeds of the noise.
+    """
+
+    sources: Tensor
+    control: Tensor
+    intensity: Tensor
+    seeds: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Recipe:
+        """Return the recipe with its tensors on ``device``."""
+        sources, control, intensity = (
+            t.to(device, non_blocking=True) for t in (self.sources, self.control, self.intensity)
+        )
+        return Recipe(sources, control, intensity, self.seeds)
+
+
+def make_recipe(
+    crops: Sequence[Tensor],
+    origins: Sequence[Sequence[int]],
+    controls: Sequence[np.ndarray],
+    parameters: Sequence[ViewParameters],
+) -> Recipe:
+    """Put views together.
+
+    Args:
+        crops: parts of the source images, each (C, *R) float32.
+        origins: per view, the source voxel at index 0 of its crop.
+        controls: per view, from `control_points`.
+        parameters: per view.
+    """
+    control = [c - np.asarray(origin, dtype=np.float64) for c, origin in zip(controls, origins, strict=True)]
+    intensity = [[p.gamma, p.contrast, p.brightness, p.noise] for p in parameters]
+    return Recipe(
+        stack_padded(crops),
+        torch.from_numpy(np.stack(control).astype(np.float32)),
+        torch.tensor(intensity, dtype=torch.float32),
+        tuple(p.noise_seed for p in parameters),
+    )
+
+
+def join(recipes: Sequence[Recipe]) -> Recipe:
+    """Concatenate recipes."""
+    sources = stack_padded([source for recipe in recipes for source in recipe.sources])
+    control = torch.cat([recipe.control for recipe in recipes])
+    intensity = torch.cat([recipe.intensity for recipe in recipes])
+    return Recipe(sources, control, intensity, tuple(seed for recipe in recipes for seed in recipe.seeds))
+
+
+def stack_padded(crops: Sequence[Tensor]) -> Tensor:
+    """Stack (C, *R) tensors of different sizes, padded with zeros at the ends (the value outside of an image)."""
+    if all(crop.shape == crops[0].shape for crop in crops):
+        return torch.stack(list(crops))
+    target = [max(crop.shape[axis] for crop in crops) for axis in range(crops[0].ndim)]
+    out = crops[0].new_zeros((len(crops), *target))
+    for place, crop in zip(out, crops, strict=True):
+        place[tuple(slice(n) for n in crop.shape)] = crop
+    return out
+
+
+def render(recipe: Recipe, shape: Sequence[int]) -> Tensor:
+    """Compute the views: sample linearly, zero outside of the image, then change the intensities.
+
+    Returns:
+        (N, C, *shape) float32 on the recipe's device. The sources are not changed.
+    """
+    size = torch.tensor(recipe.sources.shape[2:], dtype=torch.float32, device=recipe.control.device)
+    # align_corners=False: -1 and 1 are the outer edges of the first and last voxel; the last array axis comes first.
+    # Splines are affine in their control points, so the few control points are converted instead of every voxel.
+    normalised = ((2 * recipe.control + 1) / size - 1).flip(-1)
+    grid = spline_grid(normalised, shape)
+    views = functional.grid_sample(recipe.sources, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return adjust_intensity(views, recipe.intensity, recipe.seeds)
+
+
+def adjust_intensity(views: Tensor, intensity: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Apply gamma, contrast, brightness and noise to views (N, C, *V); returns a new tensor.
+
+    Args:
+        views: (N, C, *V) float32.
+        intensity: (N, 4, C), see `Recipe`.
+        seeds: N seeds of the noise; a view's noise does not depend on its batch.
+    """
+    space = list(range(2, views.ndim))
+    gamma, contrast, brightness, strength = intensity.view(*intensity.shape, *[1] * len(space)).unbind(1)
+    low, high = views.amin(space, keepdim=True), views.amax(space, keepdim=True)
+    extent = (high - low).clamp_min(1e-8)
+    unit = views.sub(low).div_(extent).clamp_(0, 1).pow_(gamma)
+    mean = unit.mean(space, keepdim=True)
+    std = (unit.square().mean(space, keepdim=True) - mean.square()).clamp_min(0).sqrt()
+    offset = (mean * (1 - contrast) + std * brightness) * extent + low
+    noise = torch.empty_like(views)
+    for view, seed in zip(noise, seeds, strict=True):
+        view.normal_(generator=torch.Generator(device=views.device).manual_seed(seed))
+    return unit.mul_(contrast * extent).add_(offset).add_(noise.mul_(std * strength * extent))

@@ -1,0 +1,168 @@
+"""Encoder weights from the files that ``kaf-pretrain --init`` accepts, loaded without running code from them.
+
+Three kinds: nnssl checkpoints (``network_weights`` and ``nnssl_adaptation_plan``), checkpoints of nnU-Net trainings,
+and our own pretraining checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.weights import FORMAT, check_format
+
+CONVOLUTIONAL = ("encoder.stem.", "encoder.stages.")
+LAYERS = "encoder.layers."
+
+
+class Source(NamedTuple):
+    """Encoder weights of a file.
+
+    Attributes:
+        kind: what the file is, in words.
+        weights: tensors under the names of our encoder: ``encoder.stem.*``, ``encoder.stages.*``, ``encoder.layers.*``.
+    """
+
+    kind: str
+    weights: dict[str, Tensor]
+
+
+def read_weights(path: str | Path) -> Source:
+    """Read the encoder weights of a file of any supported kind.
+
+    Raises:
+        KAFError: the file is missing, truncated, unsafe to load, of an unknown kind, or holds no UNet encoder.
+    """
+    path = Path(path)
+    checkpoint = load_safely(path)
+    kind = _kind(checkpoint, path)
+    weights = {_unwrapped(k): v for k, v in checkpoint["network_weights"].items() if isinstance(v, Tensor)}
+    if "nnssl_adaptation_plan" in checkpoint:
+        weights = _from_nnssl(weights, checkpoint["nnssl_adaptation_plan"], path)
+    weights = {k: v for k, v in weights.items() if k.startswith((*CONVOLUTIONAL, LAYERS))}
+    if not any(re.match(r"encoder\.stages\.\d+\.", name) for name in weights):
+        raise KAFError(
+            f"--init {path} ({kind}) holds no encoder of nnU-Net's UNets: found no tensors encoder.stages.0.* (for an "
+            "nnssl checkpoint: none under its key_to_encoder). Give a checkpoint of a PlainConvUNet, a "
+            "ResidualEncoderUNet (ResEnc-L) or a KAFUNet."
+        )
+    return Source(kind, weights)
+
+
+def load_safely(path: Path) -> dict[str, Any]:
+    """Load a checkpoint without running code from it.
+
+    Besides tensors and primitives, nnU-Net's checkpoints hold numpy scalars; these, and nothing else, are allowed.
+
+    Raises:
+        KAFError: the file is missing, truncated, or holds objects of other classes.
+    """
+    if not path.is_file():
+        raise KAFError(f"--init {path}: the file does not exist. Correct the path.")
+    allowed = _numpy_scalars()
+    try:
+        with allowed:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch raise many types for damaged files
+        raise KAFError(_unreadable(path, error)) from error
+    if not isinstance(checkpoint, dict):
+        raise KAFError(f"--init {path}: found a {type(checkpoint).__name__}, expected a checkpoint (a dict).")
+    return checkpoint
+
+
+def _kind(checkpoint: Mapping[str, Any], path: Path) -> str:
+    """What a checkpoint is, in words.
+
+    Raises:
+        KAFError: it is none of the supported kinds.
+    """
+    if not isinstance(checkpoint.get("network_weights"), Mapping):
+        unfinished = checkpoint.get("format") == "nnunetv2_kaf.pretraining_run"
+        fix = "finish that run with --continue and give its checkpoint_final.pth" if unfinished else "name another file"
+        raise KAFError(
+            f"--init {path}: found no network_weights (its entries: {sorted(map(str, checkpoint))[:8]}). Expected an "
+            f"nnssl checkpoint, a checkpoint of an nnU-Net training or checkpoint_final.pth of kaf-pretrain; {fix}."
+        )
+    if isinstance(checkpoint.get("nnssl_adaptation_plan"), Mapping):
+        architecture = checkpoint["nnssl_adaptation_plan"].get("architecture_plans") or {}
+        return f"an nnssl checkpoint of {architecture.get('arch_class_name', 'an unnamed architecture')}"
+    if checkpoint.get("format") == FORMAT:
+        check_format(checkpoint, path)
+        origin = checkpoint
+        what = "a pretraining checkpoint"
+    else:
+        origin = checkpoint.get("init_args") or {}
+        what = f"an nnU-Net checkpoint of {checkpoint.get('trainer_name', 'an unknown trainer')}"
+    plans = origin.get("plans") or {}
+    where = (plans.get("dataset_name"), plans.get("plans_name"), origin.get("configuration"))
+    return f"{what}, {', '.join(map(str, where))}" if all(where) else what
+
+
+def _from_nnssl(weights: Mapping[str, Tensor], plan: Any, path: Path) -> dict[str, Tensor]:
+    """Rename the encoder of an nnssl checkpoint, wherever its plan says it is, to our names.
+
+    ``key_to_encoder`` names the stages (``encoder.stages``), or the module that holds stages and stem; ``key_to_stem``
+    the stem, which is a part of the stages in a plain network.
+    """
+    keys = {key: plan.get(key) for key in ("key_to_encoder", "key_to_stem")} if isinstance(plan, Mapping) else {}
+    if not keys or not all(isinstance(value, str) for value in keys.values()):
+        raise KAFError(
+            f"--init {path}: its nnssl_adaptation_plan must name key_to_encoder and key_to_stem, found "
+            f"{keys or plan!r}. Write the checkpoint again with a complete plan (nnssl has add_adaptation_plan.py)."
+        )
+    encoder, stem = (_unwrapped(f"{keys[key]}.") for key in ("key_to_encoder", "key_to_stem"))
+    if any(name.startswith(f"{encoder}stages.") for name in weights):
+        encoder = f"{encoder}stages."
+    renamed = {encoder: "encoder.stages.", re.sub(r"stages\.$", "layers.", encoder): LAYERS}
+    if not stem.startswith(encoder):
+        renamed[stem] = "encoder.stem."
+    return {
+        ours + k[len(theirs) :]: v
+        for theirs, ours in renamed.items()
+        for k, v in weights.items()
+        if k.startswith(theirs)
+    }
+
+
+def _unwrapped(name: str) -> str:
+    """The name without the prefixes that DistributedDataParallel and torch.compile add."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+
+
+def _numpy_scalars() -> AbstractContextManager[Any]:
+    """Allow numpy scalars in `torch.load`, under the names that numpy 1 and numpy 2 give them."""
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
+        raise KAFError(
+            f"--init needs torch 2.6 or newer to read checkpoints safely; found {torch.__version__}. Update it."
+        )
+    scalar: Any = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    return torch.serialization.safe_globals([*[(scalar, name) for name in names], np.dtype, *dtypes])
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Why a file cannot be loaded."""
+    try:
+        with _numpy_scalars():
+            classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a checkpoint at all
+        classes = []
+    if classes:
+        return (
+            f"--init {path} holds objects besides tensors, numbers and text ({', '.join(sorted(classes)[:5])}); "
+            "loading them could run code of the file, so it is not read. If you trust its origin, load it there and "
+            "save its network_weights alone with torch.save({'network_weights': ...}, file)."
+        )
+    return (
+        f"--init {path} ({path.stat().st_size} bytes) cannot be read as a checkpoint; it is truncated or of another "
+        f"kind ({type(error).__name__}). Copy it again, or name another file."
+    )
