@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_kaf.weights import versions
+from nnunetv2_kaf.files import versions
 
 LOGGER = logging.getLogger("dice_vs_plain")
 DATASET = "Dataset941_DiceVsPlain"

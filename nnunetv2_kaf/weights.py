@@ -1,4 +1,4 @@
-"""The pretraining checkpoint: what is in it, atomic writing, strict loading with a report.
+"""The pretraining checkpoint: what is in it, writing, strict loading with a report.
 
 A checkpoint holds tensors and primitives only, so it loads with `weights_only=True`. Its `network_weights` are the full
 state dict of the network that the plans describe, a `KAFUNet` or one of nnU-Net's own: nnU-Net's `-pretrained_weights`
@@ -7,21 +7,18 @@ accepts it too.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_kaf.channels import repeat_input_channels
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import atomic_save, file_sha256, versions
 from nnunetv2_kaf.plans import is_kaf, resolve_configuration
 from nnunetv2_kaf.unet import KAFUNet
 
@@ -55,40 +52,6 @@ class LoadReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
         return {**asdict(self), "tensors_loaded": sum(self.tensors.values()), "versions": versions()}
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("nnunetv2-kaf", "nnunetv2", "dynamic-network-architectures"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
-
-
-def atomic_save(obj: object, path: str | Path) -> None:
-    """`torch.save` to a temporary file beside `path`, flushed to disk, then renamed over it.
-
-    Raises:
-        KAFError: the file could not be written; a file that was at `path` before is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as handle:
-            torch.save(obj, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise KAFError(
-            f"could not save {path}: {error}. Free on that disk: {_free_space(path.parent)}. The previous file of this "
-            "name, if there was one, is untouched. Free some space or check the permissions, then continue the run."
-        ) from error
 
 
 def save_pretraining_checkpoint(
@@ -173,66 +136,6 @@ def check_format(checkpoint: Any, path: str | Path) -> None:
             f"{path} has format version {checkpoint.get('format_version')}, this nnunetv2-kaf reads {FORMAT_VERSION}. "
             "Install the version that wrote it, or pretrain again."
         )
-
-
-def repeat_input_channels(weight: Tensor, channels: int) -> Tensor:
-    """Make a one-channel first convolution an N-channel one: its weights repeated and divided by N.
-
-    The response to N equal channels is the response of the one-channel convolution to one of them, so that channels of
-    unit variance keep the scale of the activations that the weights were trained with.
-
-    Args:
-        weight: (F, 1, *kernel), or (F, N, *kernel), which is returned as it is.
-        channels: N.
-
-    Returns:
-        (F, N, *kernel).
-
-    Raises:
-        KAFError: the weights have another number of channels, neither 1 nor N; which channel is which is unknown then.
-    """
-    if weight.shape[1] == channels:
-        return weight
-    if weight.shape[1] != 1:
-        raise KAFError(
-            f"input channels: found weights for {weight.shape[1]}, expected 1 (repeated for all channels) or {channels}"
-        )
-    return weight.repeat(1, channels, *[1] * (weight.ndim - 2)) / channels
-
-
-def pad_input_channels(weight: Tensor, channels: int) -> Tensor:
-    """Append input channels of weight zero: the convolution after a `concat` fusion starts by ignoring the fusion.
-
-    Args:
-        weight: (F, C, *kernel).
-        channels: at least C.
-
-    Returns:
-        (F, channels, *kernel).
-
-    Raises:
-        KAFError: `channels` is below C.
-    """
-    missing = channels - weight.shape[1]
-    if missing < 0:
-        raise KAFError(f"input channels: found weights for {weight.shape[1]}, expected at most {channels}")
-    return torch.cat((weight, weight.new_zeros(weight.shape[0], missing, *weight.shape[2:])), dim=1)
-
-
-def identity_projection(weight: Tensor) -> Tensor:
-    """Weights that hand on the first F input channels, for a projection that the pretrained network does not have.
-
-    A residual block whose input and output have equally many channels skips without a projection; after a `concat`
-    fusion it needs one. The block's own normalisation follows, so the skip is kept up to its scale and mean.
-
-    Args:
-        weight: (F, C, 1, ...) of the projection, C at least F; only its shape, type and device are used.
-
-    Returns:
-        (F, C, 1, ...): the identity on the first F channels, zero on the others.
-    """
-    eye = torch.eye(weight.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return eye.reshape(weight.shape)
 
 
 def first_convolution(network: nn.Module) -> list[str]:
@@ -345,18 +248,3 @@ def _repeats_channels(
 def _plain(value: Any) -> Any:
     """Tuples as lists, so that plans compare equal before and after JSON."""
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    with Path(path).open("rb") as handle:
-        digest = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _free_space(folder: Path) -> str:
-    while not folder.exists():
-        folder = folder.parent
-    return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB"

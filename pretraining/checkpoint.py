@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.weights import atomic_save, save_pretraining_checkpoint, versions
+from nnunetv2_kaf.files import atomic_save, versions
+from nnunetv2_kaf.weights import save_pretraining_checkpoint
 from pretraining.config import PretrainConfig
 from pretraining.loop import TrainingState
 from pretraining.task import Task

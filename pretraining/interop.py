@@ -19,16 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_kaf.channels import identity_projection, pad_input_channels, repeat_input_channels
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.weights import (
-    LoadReport,
-    count_by_module,
-    file_sha256,
-    first_convolution,
-    identity_projection,
-    pad_input_channels,
-    repeat_input_channels,
-)
+from nnunetv2_kaf.files import file_sha256
+from nnunetv2_kaf.weights import LoadReport, count_by_module, first_convolution
 from pretraining.sources import CONVOLUTIONAL, LAYERS, Source, read_weights
 
 logger = logging.getLogger(__name__)

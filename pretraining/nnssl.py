@@ -23,8 +23,9 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import atomic_save, file_sha256
 from nnunetv2_kaf.plans import NETWORK_CLASS, resolve_configuration
-from nnunetv2_kaf.weights import atomic_save, file_sha256, read_checkpoint
+from nnunetv2_kaf.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
 

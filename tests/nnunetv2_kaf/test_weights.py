@@ -141,38 +141,6 @@ def test_one_channel_serves_several_image_channels(plans: Plans, checkpoint: Pat
         weights.load_encoder(single, two, plans, "2d")
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (1, 3, 3)])
-def test_repeated_channels_answer_equal_channels_alike(kernel: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(5, 1, *kernel, generator=generator, dtype=torch.float64)
-    image = torch.randn(2, 1, *[6] * len(kernel), generator=generator, dtype=torch.float64)
-    convolve = getattr(nn.functional, f"conv{len(kernel)}d")
-    repeated = weights.repeat_input_channels(weight, 4)
-    assert repeated.shape == (5, 4, *kernel)
-    torch.testing.assert_close(convolve(image.repeat(1, 4, *[1] * len(kernel)), repeated), convolve(image, weight))
-    assert weights.repeat_input_channels(repeated, 4) is repeated
-    for channels in (1, 5):
-        with pytest.raises(KAFError, match=rf"found weights for 4, expected 1 .* or {channels}"):
-            weights.repeat_input_channels(repeated, channels)
-
-
-def test_padded_channels_are_ignored() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight, image = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(2))
-    fused = torch.cat((image, torch.randn(4, 3, 3, 3, generator=generator)), dim=1)
-    conv2d = nn.functional.conv2d
-    torch.testing.assert_close(conv2d(fused, weights.pad_input_channels(weight, 5)), conv2d(image, weight))
-    assert torch.equal(weights.pad_input_channels(weight, 2), weight)
-    with pytest.raises(KAFError, match="found weights for 2, expected at most 1"):
-        weights.pad_input_channels(weight, 1)
-
-
-def test_identity_projection_hands_on_the_first_channels() -> None:
-    fused = torch.randn(2, 6, 4, 5, generator=torch.Generator().manual_seed(0))
-    projection = weights.identity_projection(torch.empty(3, 6, 1, 1))
-    assert torch.equal(nn.functional.conv2d(fused, projection), fused[:, :3])
-
-
 def plain_checkpoint(path: Path, plans: Plans) -> nn.Module:
     network = build(plans)
     weights.save_pretraining_checkpoint(
@@ -248,23 +216,6 @@ def test_missing_truncated_and_foreign_files(checkpoint: Path, tmp_path: Path) -
     torch.save({**weights.read_checkpoint(checkpoint), "format_version": 99}, future)
     with pytest.raises(KAFError, match="format version 99"):
         weights.read_checkpoint(future)
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
-def test_full_disk_keeps_the_last_good_file(
-    error: Exception, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = checkpoint.read_bytes()
-
-    def full_disk(obj: object, handle: Any) -> None:
-        handle.write(b"half")
-        raise error
-
-    monkeypatch.setattr(weights.torch, "save", full_disk)
-    with pytest.raises(KAFError, match=r"could not save .*checkpoint_final\.pth.*Free on that disk: .* GiB"):
-        weights.atomic_save({}, checkpoint)
-    assert checkpoint.read_bytes() == before
-    assert [p.name for p in checkpoint.parent.iterdir()] == ["checkpoint_final.pth"]
 
 
 def test_report_is_frozen() -> None:
