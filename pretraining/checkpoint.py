@@ -29,7 +29,15 @@ FORMAT_VERSION = 2
 def run_identity(
     task: Task, fold: int | str, cases: Sequence[str], batch_size: int, init: str | None = None
 ) -> dict[str, Any]:
-    """Return what a run is about, besides its options; a run can only be continued as the same one."""
+    """Return what a run is about, besides its options; a run can only be continued as the same one.
+
+    Args:
+        task: dataset, plans and configuration.
+        fold: whose validation patients are left out.
+        cases: trained on.
+        batch_size: pairs per batch, over all processes.
+        init: SHA-256 of the file that the first weights come from.
+    """
     return {
         "dataset": task.dataset_name,
         "plans": task.plans_name,
@@ -68,8 +76,19 @@ def save_latest(path: Path, state: TrainingState, config: PretrainConfig, identi
     atomic_save(checkpoint, path)
 
 
-def load_latest(path: Path, state: TrainingState, config: PretrainConfig, identity: Mapping[str, Any]) -> None:
+def load_latest(
+    path: Path, state: TrainingState, config: PretrainConfig, identity: Mapping[str, Any]
+) -> dict[str, Any]:
     """Restore a run into a freshly built state.
+
+    Args:
+        path: written by `save_latest`.
+        state: changed in place.
+        config: must equal the saved one, but for what does not change the result.
+        identity: must equal the saved one; what is not known any more may be left out.
+
+    Returns:
+        The saved identity.
 
     Raises:
         KAFError: if the file is unreadable, or belongs to a run with other options or data (the differences are named).
@@ -107,6 +126,8 @@ def load_latest(path: Path, state: TrainingState, config: PretrainConfig, identi
     torch.set_rng_state(checkpoint["rng_cpu"])
     if len(checkpoint["rng_cuda"]) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(checkpoint["rng_cuda"])
+    saved: dict[str, Any] = checkpoint["identity"]
+    return saved
 
 
 def export(path: Path, state: TrainingState, task: Task, fold: int | str, pretraining: Mapping[str, Any]) -> None:
@@ -127,6 +148,22 @@ def export(path: Path, state: TrainingState, task: Task, fold: int | str, pretra
     )
 
 
+def tidy(folder: Path, resume: bool) -> None:
+    """Make the folder of a run; remove what a killed run left, and set an earlier run aside unless it is continued.
+
+    Raises:
+        KAFError: if it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+    except OSError as error:
+        raise KAFError(f"{folder}: the folder cannot be made or written to ({error}). Choose with --output.") from error
+    if not (resume and (folder / LATEST).is_file()):
+        set_aside(folder)
+
+
 _FILES = (LATEST, FINAL, "progress.png", "pretraining.log", "nonfinite_batch.json", "tensorboard", "wandb")
 
 
@@ -137,8 +174,6 @@ def set_aside(folder: Path) -> list[Path]:
         KAFError: if a file cannot be renamed.
     """
     earlier = [folder / name for name in _FILES]
-    for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-        leftover.unlink(missing_ok=True)
     moved = []
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for path in filter(Path.exists, earlier):

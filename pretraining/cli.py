@@ -6,7 +6,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,11 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pretraining.signals import PreemptedError
 
     try:
-        device = choose_device(parsed.device)
-        with distributed.process_group(device) as own_device:
+        with _log_to_stderr(), distributed.process_group(choose_device(parsed.device)) as device:
             first = distributed.rank() == 0
-            _log_to_stderr(logging.INFO if first else logging.WARNING)
-            message = _run(parsed, config, own_device)
+            logger.setLevel(logging.INFO if first else logging.WARNING)
+            message = _run(parsed, config, device)
             if first:
                 _say(message)
     except KAFError as error:
@@ -225,13 +225,17 @@ def _say(message: str) -> None:
     sys.stdout.write(message + "\n")
 
 
-def _log_to_stderr(level: int) -> None:
-    """Send the log of this package to stderr, once per process."""
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
-    logger.setLevel(level)
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Send the log of this package to stderr; of several processes the first one tells what all have in common."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 if __name__ == "__main__":

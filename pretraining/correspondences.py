@@ -1,141 +1,87 @@
 """Which keypoints of two views show the same place: by the known transforms, or by local appearance.
 
 Both criteria are mutual nearest neighbours within a radius (method: distance criterion); everything else is unmatched.
-All functions are batched, never loop over points, and hold nothing larger than (B, K, K) per pair of views.
+Only pairs within the radius are ever looked at, so that time and memory grow with the number of points, not its square.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.spatial import cKDTree
 
 UNMATCHED = -1
 
 
-def mutual_nearest(cost: Tensor, allowed: Tensor) -> Tensor:
-    """Match points that are each other's cheapest allowed partner.
+def mutual_nearest(rows: np.ndarray, columns: np.ndarray, cost: np.ndarray, count: int) -> np.ndarray:
+    """Match points that are each other's cheapest partner among candidate pairs.
 
     Args:
-        cost: (B, Ka, Kb) float, lower is better.
-        allowed: (B, Ka, Kb) bool, pairs that may match at all.
+        rows: (M,) index of the first point of every candidate pair.
+        columns: (M,) index of the second one.
+        cost: (M,) lower is better; of equal ones the lower index of the partner wins.
+        count: number of first points.
 
     Returns:
-        (B, Ka) long, the partner's index in the other set or `UNMATCHED`. One to one by construction.
+        (count,) int64, the partner's index in the other set or `UNMATCHED`. One to one by construction.
     """
-    if cost.shape[1] == 0 or cost.shape[2] == 0:
-        return torch.full(cost.shape[:2], UNMATCHED, dtype=torch.long, device=cost.device)
-    cost = cost.masked_fill(~allowed, torch.inf)
-    best, forward = cost.min(dim=2)
-    backward = cost.argmin(dim=1)
-    index = torch.arange(cost.shape[1], device=cost.device)
-    mutual = backward.gather(1, forward) == index
-    return torch.where(mutual & torch.isfinite(best), forward, UNMATCHED)
+    matches = np.full(count, UNMATCHED, dtype=np.int64)
+    mutual = np.intersect1d(_cheapest(rows, cost, columns), _cheapest(columns, cost, rows), assume_unique=True)
+    matches[rows[mutual]] = columns[mutual]
+    return matches
 
 
-def distances_mm(first: Tensor, second: Tensor, spacing: Tensor) -> Tensor:
-    """Return Euclidean distances in mm, (B, Ka, Kb), of source coordinates in voxels (B, K, D); spacing (D,) in mm."""
-    # The matrix-multiplication form loses the small distances that decide here to cancellation.
-    return torch.cdist(first * spacing, second * spacing, compute_mode="donot_use_mm_for_euclid_dist")
+def _cheapest(points: np.ndarray, cost: np.ndarray, partners: np.ndarray) -> np.ndarray:
+    """Return the index of the cheapest candidate pair of every point that has one."""
+    order = np.lexsort((partners, cost, points))
+    ordered = points[order]
+    return order[np.flatnonzero(np.diff(ordered, prepend=-1))]
 
 
-def match_by_transform(
-    first: Tensor, second: Tensor, valid_first: Tensor, valid_second: Tensor, spacing: Tensor, radius_mm: float
-) -> Tensor:
+def match_by_transform(first: np.ndarray, second: np.ndarray, spacing: Sequence[float], radius_mm: float) -> np.ndarray:
     """Match keypoints of two views of the same voxels by their source coordinates.
 
     Args:
-        first: (B, Ka, D) source coordinates in voxels of the keypoints of the first views.
-        second: (B, Kb, D) the same of the second views.
-        valid_first: (B, Ka) bool.
-        valid_second: (B, Kb) bool.
-        spacing: (D,) voxel size in mm.
+        first: (Ka, D) source coordinates in voxels of the keypoints that the first view shows.
+        second: (Kb, D) the same of the second view.
+        spacing: D voxel sizes in mm.
         radius_mm: matches are at most this far apart.
 
     Returns:
-        (B, Ka) long, index into the second view's keypoints or `UNMATCHED`.
+        (Ka,) int64, index into the second view's keypoints or `UNMATCHED`.
     """
-    distance = distances_mm(first, second, spacing)
-    allowed = (distance <= radius_mm) & valid_first.unsqueeze(2) & valid_second.unsqueeze(1)
-    return mutual_nearest(distance, allowed)
+    rows, columns, distance = _within(first, second, spacing, radius_mm)
+    return mutual_nearest(rows, columns, distance, len(first))
 
 
 def match_by_descriptor(
-    first: Tensor,
-    second: Tensor,
-    valid_first: Tensor,
-    valid_second: Tensor,
-    descriptors_first: Tensor,
-    descriptors_second: Tensor,
-    spacing: Tensor,
+    first: np.ndarray,
+    second: np.ndarray,
+    descriptors_first: np.ndarray,
+    descriptors_second: np.ndarray,
+    spacing: Sequence[float],
     radius_mm: float,
-) -> Tensor:
-    """Match keypoints of two different images (neighbouring slices) by appearance within a radius.
+) -> np.ndarray:
+    """Match keypoints of two different images (neighbouring slices, phases) by appearance within a radius.
 
-    Arguments as for `match_by_transform`, and unit-norm descriptors (B, Ka, E) and (B, Kb, E). The cost -<a, b>
-    orders them as the descriptor distance 2 - 2 <a, b> does: the nearest neighbour is the most correlated one. A point
-    with a zero descriptor (no structure around it) is never matched.
+    Arguments as for `match_by_transform`, and unit-norm descriptors (Ka, E) and (Kb, E). The cost -<a, b> orders them
+    as the descriptor distance 2 - 2 <a, b> does: the nearest neighbour is the most correlated one. A point with a zero
+    descriptor (no structure around it) is never matched.
     """
-    has_texture = descriptors_first.any(2).unsqueeze(2) & descriptors_second.any(2).unsqueeze(1)
-    near = distances_mm(first, second, spacing) <= radius_mm
-    allowed = near & has_texture & valid_first.unsqueeze(2) & valid_second.unsqueeze(1)
-    return mutual_nearest(-torch.bmm(descriptors_first, descriptors_second.transpose(1, 2)), allowed)
+    rows, columns, _ = _within(first, second, spacing, radius_mm)
+    textured = descriptors_first.any(1)[rows] & descriptors_second.any(1)[columns]
+    rows, columns = rows[textured], columns[textured]
+    one, two = (d[i].astype(np.float32) for d, i in ((descriptors_first, rows), (descriptors_second, columns)))
+    return mutual_nearest(rows, columns, -np.einsum("me,me->m", one, two), len(first))
 
 
-def patch_descriptors(
-    images: Tensor, coords: Tensor, spacing: Tensor, step_mm: float, radius_steps: int = 4, sigma_steps: float = 0.75
-) -> Tensor:
-    """Describe the surroundings of points by smoothed, normalised intensity patches.
-
-    The inner product of two such vectors is the normalised cross-correlation of the patches, so it ignores gain and
-    offset. The patch is a grid of ``2 * radius_steps + 1`` points a side, ``step_mm`` apart, so that anisotropic voxels
-    are described in physical size. Smoothing (Gaussian, ``sigma_steps * step_mm``) avoids aliasing.
-
-    Args:
-        images: (B, C, *S) un-augmented images.
-        coords: (B, K, D) voxel coordinates in these images, array order, voxel centres at integers.
-        spacing: (D,) voxel size in mm.
-        step_mm: distance of neighbouring samples in mm.
-        radius_steps: samples on each side of the centre.
-        sigma_steps: Gaussian sigma in steps.
-
-    Returns:
-        (B, K, C * (2 * radius_steps + 1) ** D) float, zero mean over each channel's patch and unit norm; all zero where
-        the patch is constant.
-    """
-    dims = coords.shape[2]
-    smooth = _gaussian_smooth(images.float(), (sigma_steps * step_mm / spacing).tolist())
-    steps = torch.arange(-radius_steps, radius_steps + 1, device=images.device, dtype=torch.float32) * step_mm
-    offsets = torch.cartesian_prod(*[steps] * dims).reshape(-1, dims) / spacing
-    points = coords.unsqueeze(2) + offsets
-    patches = sample_at(smooth, points)  # (B, C, K, P)
-    patches = patches - patches.mean(3, keepdim=True)
-    vectors = patches.transpose(1, 2).flatten(2)
-    norm = vectors.norm(dim=2, keepdim=True)
-    # Rounding leaves about 1e-7 of a constant patch's level after its mean is removed: that is not structure.
-    level = smooth.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, 1, 1)
-    return torch.where(norm > 1e-5 * level, vectors / norm.clamp_min(1e-20), 0.0)
-
-
-def sample_at(images: Tensor, points: Tensor) -> Tensor:
-    """Interpolate (B, C, *S) images linearly at (B, K, P, D) voxel coordinates -> (B, C, K, P); border repeated."""
-    size = torch.tensor(images.shape[2:], device=images.device, dtype=points.dtype)
-    # align_corners=True maps voxel centres 0..N-1 to -1..1; grid_sample wants the last array axis first.
-    normalised = (2 * points / (size - 1).clamp_min(1) - 1).flip(-1)
-    if points.shape[-1] == 3:
-        normalised = normalised.unsqueeze(1)
-    out = functional.grid_sample(images, normalised, mode="bilinear", padding_mode="border", align_corners=True)
-    return out.squeeze(2) if points.shape[-1] == 3 else out
-
-
-def _gaussian_smooth(images: Tensor, sigmas: list[float]) -> Tensor:
-    """Smooth (B, C, *S) with a separable Gaussian, one sigma in voxels per axis, borders repeated."""
-    for axis, sigma in enumerate(sigmas, start=2):
-        radius = max(1, round(3 * sigma))
-        x = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
-        kernel = torch.exp(-0.5 * (x / max(sigma, 1e-3)) ** 2)
-        moved = images.movedim(axis, -1)
-        flat = functional.pad(moved.reshape(-1, 1, moved.shape[-1]), (radius, radius), mode="replicate")
-        smooth = functional.conv1d(flat, (kernel / kernel.sum()).view(1, 1, -1))
-        images = smooth.view(moved.shape).movedim(-1, axis)
-    return images
+def _within(
+    first: np.ndarray, second: np.ndarray, spacing: Sequence[float], radius_mm: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return all pairs of points within the radius: indices (M,), (M,) and distances in mm (M,)."""
+    if not len(first) or not len(second):
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0)
+    mm = np.asarray(spacing, dtype=np.float64)
+    found = cKDTree(first * mm).sparse_distance_matrix(cKDTree(second * mm), radius_mm, output_type="ndarray")
+    return found["i"], found["j"], found["v"]

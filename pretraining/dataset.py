@@ -83,9 +83,7 @@ def training_cases(
     """
     everything = sorted(identifiers, key=lambda case: ("/" in case, case))
     if fold == "all":
-        logger.info(
-            "Fold all: pretraining uses all %d cases, validation cases of every fold included.", len(everything)
-        )
+        logger.info("Fold all: all %d cases are available, validation cases of every fold included.", len(everything))
         return everything
     own = [case for case in everything if "/" not in case]
     train, validation = _split(own, dataset_folder / "splits_final.json", int(fold))
@@ -98,7 +96,7 @@ def training_cases(
             f"{len(everything)} belong to its {patients} validation patient(s). If these are too many cases per "
             f"patient, correct --patient-pattern (now {patient_pattern!r}); or use --fold all."
         )
-    logger.info("Fold %s: pretraining uses %d cases; %d validation patients are left out.", fold, len(cases), patients)
+    logger.info("Fold %s: %d cases are available; %d validation patients are left out.", fold, len(cases), patients)
     for source, names in left_out.items():
         logger.info("Left out of %s: %d cases: %s", source or dataset_folder.name, len(names), ", ".join(names))
     return cases

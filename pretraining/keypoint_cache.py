@@ -25,7 +25,7 @@ from torch import Tensor
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.keypoints import KeypointDetector
-from pretraining.correspondences import patch_descriptors
+from pretraining.descriptors import patch_descriptors
 
 VERSION = 1
 OVERSAMPLING = 1.5

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretraining.batch import Batch, PairSample, collate
 from pretraining.config import PretrainConfig
-from pretraining.correspondences import match_by_descriptor, match_by_transform
+from pretraining.correspondences import UNMATCHED, match_by_descriptor, match_by_transform
 from pretraining.images import PreprocessedImages
 from pretraining.keypoint_cache import KeypointCache, SourceKeypoints
 from pretraining.pairs import Pair, Side, sample_pair
@@ -127,25 +127,22 @@ class PairLoader:
 
     def _match(self, pair: Pair, first: SourceKeypoints, second: SourceKeypoints) -> Tensor:
         """Match the points that two views show, (K,) long."""
-        count, finest = self.keypoints.config.num_keypoints, min(self.spacing)
+        finest = min(self.spacing)
+        # Relative to the centre: that is how two images of a patient are aligned.
         one, two = (
-            # Relative to the centre: that is how two images of a patient are aligned.
-            torch.from_numpy(points.coords - (np.asarray(side.shape, dtype=np.float32) - 1) / 2).unsqueeze(0)
+            points.coords - (np.asarray(side.shape, dtype=np.float32) - 1) / 2
             for points, side in zip((first, second), (pair.first, pair.second), strict=True)
         )
-        valid_one, valid_two = (torch.ones(points.shape[:2], dtype=torch.bool) for points in (one, two))
-        mm = torch.tensor(self.spacing)
         if pair.known_transform:
             radius = self.config.radius_mm
             radius = DEFAULT_RADIUS_VOXELS * finest if radius is None else radius
-            found = match_by_transform(one, two, valid_one, valid_two, mm, radius)
+            found = match_by_transform(one, two, self.spacing, radius)
         else:
             radius = self.config.search_radius_mm
             radius = DEFAULT_SEARCH_VOXELS * finest if radius is None else radius
-            described = [torch.from_numpy(p.descriptors.astype(np.float32)).unsqueeze(0) for p in (first, second)]
-            found = match_by_descriptor(one, two, valid_one, valid_two, described[0], described[1], mm, radius)
-        matches = torch.full((count,), -1, dtype=torch.long)
-        matches[: found.shape[1]] = found[0]
+            found = match_by_descriptor(one, two, first.descriptors, second.descriptors, self.spacing, radius)
+        matches = torch.full((self.keypoints.config.num_keypoints,), UNMATCHED, dtype=torch.long)
+        matches[: len(found)] = torch.from_numpy(found)
         return matches
 
     def _crop(self, side: Side, control: np.ndarray) -> tuple[Tensor, tuple[int, ...]]:

@@ -30,13 +30,15 @@ def hold_out(
     """Split patients into those to train on and those to measure on.
 
     Returns:
-        Both groups; one twentieth (at least 1, at most `HELD_OUT_MOST`) is held out, none of fewer than
-        `HELD_OUT_FROM`.
+        Both groups; one twentieth (at least 1, at most `HELD_OUT_MOST`) is held out, of further sources if they have
+        enough patients; none of fewer than `HELD_OUT_FROM`.
     """
     if len(patients) < HELD_OUT_FROM:
         return dict(patients), {}
     count = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(patients))))
-    names = sorted(patients)
+    # Images of further sources have no labels to lose: the first dataset's few labelled patients are all trained on.
+    names = sorted(name for name in patients if "/" in name)
+    names = names if len(names) >= count else sorted(patients)
     chosen = {names[i] for i in np.random.default_rng([seed, STREAM]).permutation(len(names))[:count]}
     training = {name: cases for name, cases in patients.items() if name not in chosen}
     return training, {name: cases for name, cases in patients.items() if name in chosen}

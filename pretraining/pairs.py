@@ -86,10 +86,7 @@ def sample_pair(
         positions = [_position((z,), (depth,)) for z, depth in zip(indices, depths, strict=True)]
     else:
         positions = [_position(centre, shape) for centre, shape in zip(centres, shapes, strict=True)]
-    first, second = (
-        Side(*values)
-        for values in zip(cases, shapes, centres, indices, positions, strict=True)
-    )
+    first, second = (Side(*values) for values in zip(cases, shapes, centres, indices, positions, strict=True))
     return Pair(first, second)
 
 

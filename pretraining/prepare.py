@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from pretraining.keypoint_cache import KeypointCache
 from pretraining.loader import PairLoader
 from pretraining.monitor import PAIRS_AT_ONCE, STREAM, hold_out
 from pretraining.patients import group_by_patient
+from pretraining.preprocess import LEFTOVER_AGE
 from pretraining.task import Task
 
 logger = logging.getLogger(__name__)
@@ -123,6 +126,10 @@ def cache_keypoints(
     Returns:
         The usable cases; ``bad`` knows the others.
     """
+    for leftover in cache.folder.rglob(".*.tmp"):  # of runs that were killed; those of other runs are young
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE:
+                leftover.unlink()
     missing = [case for case in cases if not cache.path(case, images.path(case)).is_file()]
     if missing:
         logger.info(

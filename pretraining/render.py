@@ -104,15 +104,17 @@ def adjust_intensity(views: Tensor, intensity: Tensor, seeds: Sequence[int]) -> 
         intensity: (N, 4, C), see `Recipe`.
         seeds: N seeds of the noise; a view's noise does not depend on its batch.
     """
-    space = list(range(2, views.ndim))
-    gamma, contrast, brightness, strength = intensity.view(*intensity.shape, *[1] * len(space)).unbind(1)
-    low, high = views.amin(space, keepdim=True), views.amax(space, keepdim=True)
+    shape, flat = views.shape, views.flatten(2)
+    gamma, contrast, brightness, strength = intensity.unsqueeze(3).unbind(1)
+    low, high = (bound.unsqueeze(2) for bound in flat.aminmax(dim=2))
     extent = (high - low).clamp_min(1e-8)
-    unit = views.sub(low).div_(extent).clamp_(0, 1).pow_(gamma)
-    mean = unit.mean(space, keepdim=True)
-    std = (unit.square().mean(space, keepdim=True) - mean.square()).clamp_min(0).sqrt()
+    unit = flat.sub(low).div_(extent).pow_(gamma)
+    mean = unit.mean(2, keepdim=True)
+    square = torch.linalg.vector_norm(unit, dim=2, keepdim=True).square() / flat.shape[2]
+    std = (square - mean.square()).clamp_min(0).sqrt()
     offset = (mean * (1 - contrast) + std * brightness) * extent + low
-    noise = torch.empty_like(views)
+    noise = torch.empty_like(flat)
     for view, seed in zip(noise, seeds, strict=True):
         view.normal_(generator=torch.Generator(device=views.device).manual_seed(seed))
-    return unit.mul_(contrast * extent).add_(offset).add_(noise.mul_(std * strength * extent))
+    out = torch.addcmul(offset, unit, contrast * extent)
+    return out.addcmul_(noise, std * strength * extent).view(shape)

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import file_sha256
 from pretraining import distributed
-from pretraining.checkpoint import FINAL, LATEST, export, load_latest, run_identity, save_latest, set_aside
+from pretraining.checkpoint import FINAL, LATEST, export, load_latest, run_identity, save_latest, tidy
 from pretraining.config import PretrainConfig
 from pretraining.interop import initialize_encoder
 from pretraining.loop import Trainer, TrainingState, amp_dtype, build_optimizer
@@ -93,21 +94,15 @@ def pretrain(task: Task, config: PretrainConfig, options: RunOptions) -> Path:
     batch_size = _batch_size(task, config)
     with Preemption() as preemption, ExitStack() as stack:
         if distributed.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (options.resume and (folder / LATEST).is_file()):
-                set_aside(folder)
+            tidy(folder, options.resume)
             stack.enter_context(_log_file(folder / "pretraining.log"))
         data_options = DataOptions(
             options.fold, options.datasets, options.folders, options.skip_bad, options.num_workers, options.device
         )
         data = prepare(task, config, data_options, batch_size)
         state = build_state(task, config, options.device)
-        init = None
-        if options.init is not None:
-            report = initialize_encoder(state.network, options.init, task.channels)
-            init = report.sha256
-        identity = run_identity(task, options.fold, data.cases, batch_size, init)
-        resumed = _resume(folder, state, config, identity, options.resume)
+        identity = run_identity(task, options.fold, data.cases, batch_size)
+        identity, resumed = _start(folder, state, task, config, options, identity)
         _announce(task, config, options, len(data.cases), batch_size)
         trainer = Trainer(
             state, config, task.patch_size, options.device, folder / "nonfinite_batch.json", options.compiled
@@ -248,15 +243,39 @@ def _announce(task: Task, config: PretrainConfig, options: RunOptions, cases: in
     )
 
 
-def _resume(
-    folder: Path, state: TrainingState, config: PretrainConfig, identity: dict[str, object], resume: bool
-) -> bool:
-    """Load the last checkpoint if the run is to be continued and there is one; says whether it did."""
+def _start(
+    folder: Path,
+    state: TrainingState,
+    task: Task,
+    config: PretrainConfig,
+    options: RunOptions,
+    identity: dict[str, object],
+) -> tuple[dict[str, object], bool]:
+    """Load the last checkpoint if the run is to be continued and there is one, otherwise the weights of ``--init``.
+
+    Args:
+        folder: of the run.
+        state: changed in place.
+        task: what is trained.
+        config: options of the objectives.
+        options: options of the run.
+        identity: what the run is about, but for ``--init``.
+
+    Returns:
+        The complete identity, and whether the run is continued.
+    """
     latest = folder / LATEST
-    if resume and latest.is_file():
-        load_latest(latest, state, config, identity)
+    if options.resume and latest.is_file():
+        # The weights are in the checkpoint, so that the file may be gone; if it is there it must be the same.
+        if options.init is None or options.init.is_file():
+            identity = {**identity, "init": options.init and file_sha256(options.init)}
+        else:
+            identity = {key: value for key, value in identity.items() if key != "init"}
+        saved = load_latest(latest, state, config, identity)
         logger.info("Continuing %s after step %d of %d.", latest, state.step, config.epochs * config.iterations)
-        return True
-    if resume:
+        return saved, True
+    if options.resume:
         logger.info("--continue: there is no %s to continue from; starting a new run.", latest)
-    return False
+    if options.init is not None:
+        identity = {**identity, "init": initialize_encoder(state.network, options.init, task.channels).sha256}
+    return identity, False

@@ -9,8 +9,11 @@ from typing import Any
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
-class PreemptedError(Exception):
-    """The run was asked to stop; what could be saved has been saved."""
+class PreemptedError(BaseException):
+    """The run was asked to stop; what could be saved has been saved.
+
+    Like `KeyboardInterrupt` no `Exception`: it may come anywhere, and must not be taken for an unreadable file there.
+    """
 
 
 class Preemption:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pretraining.views import ELASTIC_CELLS, ViewParameters
 
 INVERSION_STEPS = 12
-INVERSION_TOLERANCE = 0.02
+INVERSION_TOLERANCE = 0.05
 """Source voxels; a point that `to_view` has not placed better than this is outside the view."""
 
 

@@ -32,6 +32,15 @@ def test_held_out_patients(count: int, expected: int) -> None:
         assert hold_out(patients(count), 1)[1] != held_out
 
 
+def test_patients_of_further_sources_are_held_out_first() -> None:
+    unlabelled = {f"folder-1/p{i}": (f"folder-1/p{i}",) for i in range(4)}
+    for seed in range(20):
+        _, held_out = hold_out({**patients(3), **unlabelled}, seed)
+        assert len(held_out) == 1
+        assert set(held_out) <= set(unlabelled)
+    assert len(hold_out({**patients(60), "folder-1/p": ("folder-1/p",)}, 0)[1]) == 3
+
+
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 @pytest.mark.parametrize("network", ["kaf", "plain"])
 def test_measures_the_same_pairs_every_time(

@@ -1,0 +1,122 @@
+"""What the benchmarks share: the machine, one core, timing in alternation, the files of results."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what the numbers were measured on."""
+    accelerator = {"accelerator": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "device": device.type,
+        **accelerator,
+        "system": platform.platform(),
+    }
+
+
+def processor() -> str:
+    """Name of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor()
+
+
+def load_average() -> list[float] | None:
+    """Return the load averages of 1, 5 and 15 minutes, None where the system does not tell."""
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def write_json(document: Any, path: Path) -> None:
+    """Write results; what is not a finite number becomes null, which JSON has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def one_core(core: int | None = None) -> Iterator[dict[str, Any]]:
+    """Keep torch to one thread and this thread to one core, as far as the system allows; restores both.
+
+    Args:
+        core: number of the core; the last allowed one if None.
+
+    Yields:
+        What was done, for the results.
+    """
+    threads = torch.get_num_threads()
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    pinned = None if allowed is None else max(allowed) if core is None else core
+    try:
+        torch.set_num_threads(1)
+        if pinned is not None:
+            os.sched_setaffinity(0, {pinned})
+        yield {"torch_threads": 1, "workers": 0, "pinned_to_core": pinned}
+    finally:
+        torch.set_num_threads(threads)
+        if allowed is not None:
+            os.sched_setaffinity(0, allowed)
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables for the duration."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def alternate(
+    arms: Mapping[str, Callable[[int], Callable[[], object]]],
+    clock: Callable[[], tuple[float, float]],
+    repetitions: int,
+    warmup: int,
+) -> dict[str, list[tuple[float, float]]]:
+    """Time several arms side by side, so that a disturbance of the machine meets all of them.
+
+    Args:
+        arms: by name, what prepares a step (not timed) and returns what is timed.
+        clock: returns wall and processor seconds.
+        repetitions: timed steps.
+        warmup: steps before them.
+
+    Returns:
+        By name, wall and processor seconds of every timed step.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for step in range(warmup + repetitions):
+        # Forth and back: no arm always finds the memory as the same other arm left it.
+        for name in arms if step % 2 else reversed(list(arms)):
+            work = arms[name](step)
+            start = clock()
+            work()
+            end = clock()
+            if step >= warmup:
+                seconds[name].append((end[0] - start[0], end[1] - start[1]))
+    return seconds

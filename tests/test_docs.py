@@ -1,0 +1,117 @@
+"""The documentation agrees with the program: flags, defaults, commands, links and tables."""
+
+import importlib
+import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from pretraining import cli, export_cli
+from pretraining.config import COMPONENTS, PRESETS, PretrainConfig, flag
+
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "docs" / "pretraining.md"
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = {"kaf-pretrain": cli.build_parser, "kaf-export": export_cli.build_parser}
+
+FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
+OF_OTHERS = {
+    "nnunetv2": {"--c", "--val", "--val_best", "--npz", "--verify_dataset_integrity"},
+    "torchrun": {"--standalone", "--nnodes", "--nproc-per-node", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"},
+    "slurm": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--cpus-per-task", "--time"}
+    | {"--signal", "--requeue", "--open-mode"},
+    "pip": {"--target"},
+    "tensorboard": {"--logdir"},
+    "benchmarks": {"--arms"},
+}
+
+
+def known_flags() -> set[str]:
+    ours = {option for build in PROGRAMS.values() for option in build()._option_string_actions}
+    return ours.union(*OF_OTHERS.values())
+
+
+def blocks(text: str) -> list[str]:
+    """Bash blocks with continued lines joined."""
+    return [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
+
+
+def commands(path: Path) -> list[tuple[str, list[str]]]:
+    """Program and arguments of every command of ours in the bash blocks, also under torchrun and srun."""
+    found = []
+    for line in (line for block in blocks(path.read_text()) for line in block.splitlines()):
+        line = re.sub(r"^.* -m pretraining\.cli ", "kaf-pretrain ", line)
+        line = re.sub(r"^srun .* exec (.*)' \|\| exit 1$", r"\1", line)
+        words = shlex.split(line, comments=True)
+        if words and words[0] in PROGRAMS:
+            found.append((words[0], words[1:]))
+    return found
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_flags_exist(path: Path) -> None:
+    assert set(FLAG.findall(path.read_text())) <= known_flags()
+
+
+@pytest.mark.parametrize("path", [README, GUIDE], ids=lambda path: path.name)
+def test_commands_are_accepted(path: Path) -> None:
+    found = commands(path)
+    assert len(found) >= 2
+    for program, arguments in found:
+        parsed = PROGRAMS[program]().parse_args(arguments)
+        if program == "kaf-pretrain":
+            cli._config(parsed)
+
+
+def test_commands_under_launchers_are_among_those_tested() -> None:
+    batch_sizes = [a[a.index("--batch-size") + 1] for _, a in commands(GUIDE) if "--batch-size" in a]
+    assert batch_sizes.count("64") == 2  # torchrun on two nodes, srun
+    assert batch_sizes.count("32") == 2  # torchrun on one node, the paper's settings
+
+
+def test_defaults_in_parentheses_are_those_of_the_program() -> None:
+    defaults = {flag(item.name): item.default for item in fields(PretrainConfig)}
+    stated = re.findall(r"`(--[a-z-]+)`\s+\((\d[\d.]*)\)", GUIDE.read_text())
+    assert len(stated) > 8
+    assert {name: float(value) for name, value in stated} == {name: float(defaults[name]) for name, _ in stated}
+
+
+def test_every_loss_preset_and_weight_is_explained() -> None:
+    text = GUIDE.read_text()
+    for name in COMPONENTS:
+        assert f"| `{name}` | `{flag('weight_' + name)}` | {getattr(PretrainConfig(), 'weight_' + name):g} |" in text
+    assert all(f"`{preset}`" in text for preset in PRESETS)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), target
+
+
+@pytest.mark.parametrize("name", ["pretrain_throughput", "pretrain_learning"])
+def test_table_is_the_one_of_the_committed_results(name: str) -> None:
+    marker = f"<!-- table: {name} -->"
+    text = GUIDE.read_text()
+    assert text.count(marker) == 1
+    results = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if not results.is_file():
+        pytest.skip(f"{results.relative_to(ROOT)} is not there: nothing has been measured yet")
+    table = importlib.import_module(name).table(json.loads(results.read_text()))
+    below = text.partition(marker)[2].lstrip("\n")
+    assert below.startswith(table.strip() + "\n\n")
