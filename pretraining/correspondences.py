@@ -70,7 +70,7 @@ def match_by_descriptor(
     descriptor (no structure around it) is never matched.
     """
     rows, columns, _ = _within(first, second, spacing, radius_mm)
-    textured = descriptors_first.any(1)[rows] & descriptors_second.any(1)[columns]
+    textured = np.any(descriptors_first, axis=1)[rows] & np.any(descriptors_second, axis=1)[columns]
     rows, columns = rows[textured], columns[textured]
     one, two = (d[i].astype(np.float32) for d, i in ((descriptors_first, rows), (descriptors_second, columns)))
     return mutual_nearest(rows, columns, -np.einsum("me,me->m", one, two), len(first))
