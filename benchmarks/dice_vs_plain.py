@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import processor
 
 from nnunetv2_kaf.files import versions
 
@@ -224,17 +225,6 @@ def differences(results: dict[str, Any], seed: int) -> dict[str, Any]:
             paired = np.array(list(results[arm]["dice_per_case"].values())) - plain
             out[arm] = {"mean": round(float(paired.mean()), 4), "interval_95": interval(paired, seed)}
     return out
-
-
-def processor() -> str:
-    """Name of the processor."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
 
 
 def table(document: dict[str, Any]) -> str:

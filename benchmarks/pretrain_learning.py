@@ -39,8 +39,8 @@ ARMS = {
 }
 """Preset and network of every arm."""
 SCHEDULES = {
-    2: {"epochs": 4, "iterations": 10, "batch_size": 8},
-    3: {"epochs": 4, "iterations": 5, "batch_size": 3},
+    2: {"epochs": 4, "iterations": 10, "batch_size": 6},
+    3: {"epochs": 4, "iterations": 4, "batch_size": 2},
 }
 """Per number of axes: what two cores do in a few minutes."""
 

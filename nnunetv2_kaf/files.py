@@ -6,8 +6,11 @@ import hashlib
 import os
 import platform
 import shutil
+import threading
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -25,18 +28,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def atomic_save(obj: object, path: str | Path) -> None:
-    """`torch.save` to a temporary file beside `path`, flushed to disk, then renamed over it.
+def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a temporary file beside `path`, flush it to disk, then rename it over `path`.
+
+    Args:
+        path: file; its folder is made if it is missing.
+        write: writes the content to a binary handle.
 
     Raises:
         KAFError: the file could not be written; a file that was at `path` before is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as handle:
-            torch.save(obj, handle)
+            write(handle)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -46,6 +53,15 @@ def atomic_save(obj: object, path: str | Path) -> None:
             f"could not save {path}: {error}. Free on that disk: {_free_space(path.parent)}. The previous file of this "
             "name, if there was one, is untouched. Free some space or check the permissions, then continue the run."
         ) from error
+
+
+def atomic_save(obj: object, path: str | Path) -> None:
+    """`torch.save` that leaves either the old file or the complete new one.
+
+    Raises:
+        KAFError: as `atomic_write`.
+    """
+    atomic_write(path, lambda handle: torch.save(obj, handle))
 
 
 def file_sha256(path: str | Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -81,14 +80,3 @@ def read_whole(images: PreprocessedImages, case: str, channels: int, bad: BadIma
     if float(array.min()) == float(array.max()):
         logger.warning("Case %s is constant: it has no keypoints and adds nothing to the local losses.", case)
     return array
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is at every moment either the old or the complete new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -78,6 +78,9 @@ class PretrainConfig:
     accumulate: int = _option(1, int, "batches per optimiser step; each batch is contrasted within itself", low=1)
     seed: int = _option(0, int, "seed of the initial weights, the pairs and the augmentation", low=0)
     save_every: int = _option(1, int, "epochs between two saves of checkpoint_latest.pth", low=1, changeable=True)
+    save_minutes: float = _option(
+        10.0, float, "a running epoch is saved as well when this many minutes have passed", low=0, changeable=True
+    )
 
     optimizer: str = _option("adamw", str, "optimiser", choices=("adamw", "sgd"))
     learning_rate: float = _option(

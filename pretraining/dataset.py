@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.checks import BadImages, write_text
+from nnunetv2_kaf.files import atomic_write
+from pretraining.checks import BadImages
 from pretraining.images import PreprocessedImages
 from pretraining.patients import patient_of, split_by_patients
 from pretraining.preprocess import preprocess_source
@@ -154,6 +155,6 @@ def _create_splits(identifiers: list[str], path: Path) -> list[dict[str, list[st
             f"Use --fold all, or write your own split to {path}."
         )
     splits: list[dict[str, list[str]]] = generate_crossval_split(list(np.sort(identifiers)), seed=12345, n_splits=5)
-    write_text(path, json.dumps(splits, sort_keys=True, indent=4))
+    atomic_write(path, lambda handle: handle.write(json.dumps(splits, sort_keys=True, indent=4).encode()))
     logger.info("Created nnU-Net's default five-fold split: %s", path)
     return splits

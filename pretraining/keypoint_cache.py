@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import atomic_write
 from nnunetv2_kaf.keypoints import KeypointDetector
 from pretraining.descriptors import patch_descriptors
 
@@ -110,7 +110,7 @@ class KeypointCache:
             record["slice"], record["coords"], record["score"] = index, coords.cpu().numpy(), score.cpu().numpy()
             record["descriptor"] = self._describe(single.unsqueeze(0), coords).cpu().numpy()
             records.append(record)
-        self._write(self.path(case, image_path), case, np.concatenate(records))
+        self._write(self.path(case, image_path), np.concatenate(records))
 
     def read(self, case: str, image_path: Path, slice_index: int | None) -> SourceKeypoints:
         """Read the points of a slice (2D) or of the volume (``None``, 3D).
@@ -142,25 +142,13 @@ class KeypointCache:
                 self._open.popitem(last=False)
         return rows, slices
 
-    def _write(self, path: Path, case: str, rows: np.ndarray) -> None:
-        """Write atomically and remove what an earlier version of the image left."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as handle:
-                np.save(handle, rows)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
-            stem = path.name.rsplit(".", 2)[0]
-            for old in path.parent.iterdir():
-                if old != path and old.name.rsplit(".", 2)[0] == stem:
-                    old.unlink(missing_ok=True)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise KAFError(
-                f"Could not write the keypoints of case {case} to {path}: {error}. Free some space."
-            ) from error
+    def _write(self, path: Path, rows: np.ndarray) -> None:
+        """Write a file and remove what an earlier version of the image left."""
+        atomic_write(path, lambda handle: np.save(handle, rows))
+        stem = path.name.rsplit(".", 2)[0]
+        for old in path.parent.iterdir():
+            if old != path and old.name.rsplit(".", 2)[0] == stem:
+                old.unlink(missing_ok=True)
 
     def _record_type(self, channels: int) -> np.dtype[np.void]:
         dims = len(self.patch_size)

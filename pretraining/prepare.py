@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -145,7 +146,16 @@ def cache_keypoints(
 
     with ThreadPoolExecutor(max(1, options.num_workers)) as pool:
         results = pool.map(detect, missing)
-        unusable = set(tqdm(results, total=len(missing), desc="keypoints", leave=False, disable=not missing))
+        unusable = set(
+            tqdm(
+                results,
+                total=len(missing),
+                desc="keypoints",
+                leave=False,
+                mininterval=0.1 if sys.stderr.isatty() else 30,
+                disable=not missing,
+            )
+        )
     return [case for case in cases if case not in unusable]
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -176,7 +177,15 @@ def _in_threads(work: Any, cases: list[str], num_workers: int, name: str) -> Non
     with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="preprocess") as pool:
         futures: list[Future[None]] = [pool.submit(work, case) for case in cases]
         try:
-            for future in tqdm(as_completed(futures), desc=name, total=len(futures), unit="image", disable=not futures):
+            done = tqdm(
+                as_completed(futures),
+                desc=name,
+                total=len(futures),
+                unit="image",
+                mininterval=0.1 if sys.stderr.isatty() else 30,
+                disable=not futures,
+            )
+            for future in done:
                 future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -106,7 +106,7 @@ def adjust_intensity(views: Tensor, intensity: Tensor, seeds: Sequence[int]) -> 
     """
     shape, flat = views.shape, views.flatten(2)
     gamma, contrast, brightness, strength = intensity.unsqueeze(3).unbind(1)
-    low, high = (bound.unsqueeze(2) for bound in flat.aminmax(dim=2))
+    low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
     extent = (high - low).clamp_min(1e-8)
     unit = flat.sub(low).div_(extent).pow_(gamma)
     mean = unit.mean(2, keepdim=True)

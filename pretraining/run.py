@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ class _Run:
         self.identity = identity
         self.tracker = tracker
         self.preemption = preemption
+        self.saved = time.monotonic()
         self.monitor = Monitor(data.held_out, trainer.device) if distributed.rank() == 0 else None
 
     def epochs(self) -> None:
@@ -148,7 +150,7 @@ class _Run:
         while state.step < total:
             end = (state.step // config.iterations + 1) * config.iterations
             batches = self.data.loader.batches(state.step * config.accumulate, end * config.accumulate)
-            record = self.trainer.epoch(batches, lambda: self.preemption.requested is not None)
+            record = self.trainer.epoch(batches, self._after_step)
             if record is not None:
                 self._record(record)
             epoch = state.step // config.iterations
@@ -161,7 +163,14 @@ class _Run:
                     f"{total}; everything is saved in {self.folder / LATEST}. The same command with --continue goes on."
                 )
 
+    def _after_step(self) -> bool:
+        """Save a long epoch now and then; says whether the run was asked to stop."""
+        if time.monotonic() - self.saved >= 60 * self.trainer.config.save_minutes:
+            self._save()
+        return self.preemption.requested is not None
+
     def _save(self) -> None:
+        self.saved = time.monotonic()
         if distributed.rank() == 0:
             save_latest(self.folder / LATEST, self.trainer.state, self.trainer.config, self.identity)
 

@@ -46,3 +46,20 @@ def test_versions_name_what_a_result_depends_on() -> None:
     found = files.versions()
     assert found["torch"] == str(torch.__version__)
     assert {"python", "nnunetv2", "nnunetv2-kaf", "dynamic-network-architectures"} <= set(found)
+
+
+def test_a_kill_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    files.atomic_write(path, lambda handle: handle.write(b"old"))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            files.atomic_write(path, lambda handle: handle.write(b"new and longer"))
+    assert path.read_text() == "old"
+    files.atomic_write(path, lambda handle: handle.write(b"new"))
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.checks import BadImages, read_whole, write_text
+from pretraining.checks import BadImages, read_whole
 from pretraining.images import PreprocessedImages
 
 Texture = Callable[[tuple[int, ...], int], np.ndarray]
@@ -94,20 +93,3 @@ def test_a_constant_case_is_used_with_a_warning(tiny: Any, caplog: pytest.LogCap
     assert arrays[0] is not None
     assert np.array_equal(arrays[1], partly)
     assert [record.getMessage().split()[1] for record in caplog.records] == ["flat"]
-
-
-def test_write_text_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "new" / "file.json"
-    write_text(path, "old")
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            write_text(path, "new and longer")
-    assert path.read_text() == "old"
-    write_text(path, "new")
-    assert path.read_text() == "new"
-    assert [p.name for p in path.parent.iterdir()] == ["file.json"]

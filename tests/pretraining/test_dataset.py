@@ -13,12 +13,14 @@ import blosc2
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+import torch
 
 from nnunetv2_kaf.errors import KAFError
 from pretraining.checks import BadImages, read_whole
 from pretraining.config import PretrainConfig
 from pretraining.dataset import collect_images, training_cases
 from pretraining.images import PreprocessedImages
+from pretraining.prepare import DataOptions, prepare
 from pretraining.task import Task, resolve_task
 
 Texture = Callable[[tuple[int, ...], int], np.ndarray]
@@ -156,7 +158,7 @@ def test_existing_split_and_folds_beyond_it(tiny: Any) -> None:
 def test_fold_all_says_that_it_uses_everything(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert len(training_cases(["a", "b", "more-1/c"], tiny.folder, "all", PATTERN)) == 3
-    assert "uses all 3 cases, validation cases of every fold included" in caplog.text
+    assert "all 3 cases are available, validation cases of every fold included" in caplog.text
     assert not (tiny.folder / "splits_final.json").exists()
 
 
@@ -269,8 +271,9 @@ def test_wrong_channels_in_the_first_dataset_are_bad(
 
 def test_nothing_left_after_skipping(task: Task, tiny: Any) -> None:
     tiny.add("case_0", np.full(SHAPE, np.nan, np.float32))
-    with pytest.raises(KAFError, match="All 1 images were skipped"):
-        collect(task, skip_bad=True)
+    options = DataOptions("all", (), (), True, 1, torch.device("cpu"))
+    with pytest.raises(KAFError, match="nothing is left to train on"):
+        prepare(task, PretrainConfig(), options, 2)
 
 
 def test_no_file_of_a_validation_patient_is_opened(
