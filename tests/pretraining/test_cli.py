@@ -20,15 +20,24 @@ def test_every_option_has_a_flag_with_help_and_default(capsys: pytest.CaptureFix
     text = " ".join(capsys.readouterr().out.split())
     for item in fields(PretrainConfig):
         assert flag(item.name) in text
-    for word in ("--dataset", "--configuration", "--plans", "--device", "--fold", "--continue", "--num-workers"):
+    words = "--dataset --configuration --plans --device --fold --continue --num-workers --images --skip-bad --init"
+    for word in (words + " --output --compile --preset").split():
         assert word in text
     assert "(default: 0.1)" in text
 
 
 def test_flags_reach_the_config() -> None:
-    parsed = cli.build_parser().parse_args(["-d", "4", "-c", "2d", "--batch-size", "7", "--radius-mm", "2.5"])
-    values = {item.name: getattr(parsed, item.name) for item in fields(PretrainConfig)}
-    assert PretrainConfig(**values) == PretrainConfig(batch_size=7, radius_mm=2.5)
+    parse = cli.build_parser().parse_args
+    parsed = parse(["-d", "4", "27", "-c", "2d", "--batch-size", "7", "--radius-mm", "2.5"])
+    assert parsed.dataset == ["4", "27"]
+    assert cli._config(parsed) == PretrainConfig(batch_size=7, radius_mm=2.5)
+
+
+def test_options_beside_a_preset_win() -> None:
+    arguments = ["-d", "4", "-c", "2d", "--preset", "gcl", "--partitions", "7", "--weight-local", "0.5"]
+    config = cli._config(cli.build_parser().parse_args(arguments))
+    assert config == PretrainConfig.from_preset("gcl", {"partitions": 7, "weight_local": 0.5})
+    assert config.components == {"bottleneck": 1.0, "local": 0.5}
 
 
 def test_help_does_not_import_torch() -> None:
@@ -48,6 +57,9 @@ def test_help_does_not_import_torch() -> None:
         (["-d", "123", "-c", "2d", "--num-workers", "-1"], "--num-workers"),
         (["-d", "123", "-c", "2d", "--device", "cpu"], "nnUNetv2_preprocess -d 123 -plans_name nnUNetPlans -c 2d"),
         (["-d", "123", "-c", "3d_cascade_fullres"], "non-cascade"),
+        (["-d", "123", "-c", "2d", "--network", "plain"], "--preset simclr, gcl or pcl"),
+        (["-d", "123", "-c", "2d", "--patient-pattern", "(p"], "--patient-pattern"),
+        (["-d", "123", "-c", "2d", "--images", "/no/such/folder"], "nnUNetv2_preprocess"),
     ],
 )
 def test_bad_input_exits_with_2_and_no_traceback(
@@ -78,7 +90,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
 def test_an_interrupt_says_how_to_go_on(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(_: Any) -> str:
+    def interrupted(*_: Any) -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_run", interrupted)

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.config import PretrainConfig, flag
+from pretraining.config import COMPONENTS, PretrainConfig, flag
 
 
 def test_round_trip_through_json() -> None:
@@ -32,6 +32,12 @@ def test_unknown_key_is_named() -> None:
         ("elastic", 0.5),
         ("seed", None),
         ("contrast", 1.0),
+        ("positives", "moco"),
+        ("patient_pattern", "(unclosed"),
+        ("patient_pattern", "nogroup"),
+        ("patient_pattern", 3),
+        ("across", 1.5),
+        ("accumulate", 0),
     ],
 )
 def test_bad_values_name_the_flag(name: str, value: object) -> None:
@@ -43,11 +49,25 @@ def test_inconsistent_options() -> None:
     with pytest.raises(KAFError, match="scale-min"):
         PretrainConfig(scale_min=1.2, scale_max=1.1)
     with pytest.raises(KAFError, match="nothing to learn"):
-        PretrainConfig(weight_bottleneck=0.0, weight_keypoints=0.0, weight_local=0.0)
+        PretrainConfig(weight_bottleneck=0.0, weight_keypoints=0.0, weight_local=0.0, weight_transport=0.0)
+    with pytest.raises(KAFError, match="--network plain has no keypoint layers, but --weight-keypoints"):
+        PretrainConfig(network="plain")
+
+
+def test_presets() -> None:
+    assert PretrainConfig.from_preset("kaf", {}) == PretrainConfig()
+    assert list(PretrainConfig().components) == list(COMPONENTS)
+    for preset in ("simclr", "gcl", "pcl"):
+        config = PretrainConfig.from_preset(preset, {"network": "plain"})
+        assert config.components == {"bottleneck": 1.0}
+        assert config.positives == preset
+    assert PretrainConfig.from_preset("simclr", {"positives": "pcl"}).positives == "pcl"
+    with pytest.raises(KAFError, match="--preset is 'moco'; expected one of kaf, simclr"):
+        PretrainConfig.from_preset("moco", {})
 
 
 def test_differences_ignore_what_does_not_change_the_result() -> None:
-    assert PretrainConfig().differences(PretrainConfig(save_every=7)) == []
+    assert PretrainConfig().differences(PretrainConfig(save_every=7, save_minutes=1)) == []
     assert PretrainConfig().differences(PretrainConfig(seed=7)) == ["seed: 0 != 7"]
 
 

@@ -461,6 +461,11 @@ def test_save_every(tiny: Any, command: Command, monkeypatch: pytest.MonkeyPatch
     few = ("--preset", "simclr", "--iterations", "1")
     assert cli.main(command(*few, "--epochs", "5", "--save-every", "2")) == 0
     assert saved == [2, 4, 5]
+    # a long epoch is saved within as well; here after every step
+    saved.clear()
+    within = ("--preset", "simclr", "--iterations", "2", "--epochs", "2", "--save-every", "2", "--save-minutes", "0")
+    assert cli.main(command(*within)) == 0
+    assert saved == [1, 2, 3, 4, 4]
 
 
 def test_an_unusable_output_folder(

@@ -20,6 +20,19 @@ def test_resolves_and_builds(tiny: Any, dataset: str, configuration: str, dims: 
     assert task.preprocess_command == f"nnUNetv2_preprocess -d 123 -plans_name nnUNetPlans -c {configuration}"
 
 
+def test_a_plain_network_is_nnunets_own(tiny: Any) -> None:
+    task, kaf = (resolve_task("123", "2d", "nnUNetPlans", network) for network in ("plain", "kaf"))
+    assert type(task.build_network()).__name__ == "PlainConvUNet"
+    assert task.folder.name == "PlainPretraining__nnUNetPlans__2d"
+    assert kaf.folder.name == "KAFPretraining__nnUNetPlans__2d"
+    assert task.layers.num_keypoints == kaf.layers.num_keypoints
+    tiny.plans["configurations"]["2d"]["architecture"] = kaf.plans["configurations"]["2d"]["architecture"]
+    tiny.write_plans()
+    assert resolve_task("123", "2d", "nnUNetPlans").layers == kaf.layers
+    with pytest.raises(KAFError, match="--network plain: the plans nnUNetPlans hold a keypoint-augmented network"):
+        resolve_task("123", "2d", "nnUNetPlans", "plain")
+
+
 def test_missing_things_list_what_exists(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KAFError, match="Dataset123_Tiny"):
         resolve_task("7", "2d", "nnUNetPlans")
