@@ -79,7 +79,8 @@ class PretrainingModel(nn.Module):
             keypoints = self.keypoint_head(masked_mean(descriptors, valid))
         if self.matcher is not None and descriptors is not None:
             matching = torch.cat(self.matcher(*descriptors.chunk(2), *valid.chunk(2)))
-            dustbin = self.matcher.dustbin
+            # Not the parameter itself: distributed training looks for parameters behind the outputs.
+            dustbin = self.matcher.dustbin.clone()
         return Embeddings(bottleneck, keypoints, descriptors, matching, dustbin, valid)
 
     @torch.no_grad()

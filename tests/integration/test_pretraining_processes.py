@@ -29,10 +29,15 @@ KILLS = 10
 # Imports everything once and then forks: a run starts within milliseconds. Every run counts the calls of some functions
 # and, if it is told so, kills itself at one of them: while it detects keypoints, makes pairs, computes, draws or saves.
 SERVER = """
-import json, os, signal, sys, threading
-import matplotlib.backends.backend_agg, torch, torch.distributed, torch.utils.tensorboard
-import nnunetv2.utilities.get_network_from_plans, nnunetv2.utilities.crossval_split
-from pretraining import cli, keypoint_cache, loader, loop, monitor, progress, run
+import json, os, signal, sys, threading, traceback
+import matplotlib.backends.backend_agg, torch, torch._dynamo, torch.distributed, torch.utils.tensorboard
+import nnunetv2.utilities.crossval_split
+from pretraining import cli, config, keypoint_cache, loader, loop, monitor, progress, run, task
+
+# What torch and nnU-Net import when they are first used. No backward pass: its threads would not survive the fork.
+run.build_state(task.resolve_task("123", "2d", "SmallPlans"), config.PretrainConfig(), torch.device("cpu"))
+progress.draw_progress([{"epoch": 0.0, "alignment": 1.0}])
+torch.nn.parallel.DistributedDataParallel
 
 PLACES = [(os, "fsync"), (os, "replace"), (torch, "save"), (keypoint_cache.KeypointCache, "_detect"),
           (loader.PairLoader, "sample"), (loop.Trainer, "step"), (monitor.Monitor, "evaluate"), (run, "plot_progress")]
@@ -43,7 +48,7 @@ def count_calls(job):
         def call(*args, **kwargs):
             with lock:
                 calls.append(name)
-                if len(calls) == job["kill"]:
+                if [name, calls.count(name)] == job["kill"]:
                     sys.stderr.write(f"killed at {name}\\n")
                     sys.stderr.flush()
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -61,7 +66,7 @@ def child(job):
     torch.set_num_threads(1)
     calls = count_calls(job)
     code = cli.main(job["arguments"])
-    sys.stdout.write(f"calls: {len(calls)}\\n")
+    sys.stdout.write(f"calls: {json.dumps({name: calls.count(name) for name in calls})}\\n")
     sys.stdout.flush()
     return code
 
@@ -73,6 +78,9 @@ for line in sys.stdin:
             code = 70
             try:
                 code = child(job)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
             finally:
                 os._exit(code)
         pids.append(pid)
@@ -112,8 +120,14 @@ class Runs:
         where = ("--dataset", "123", "-c", "2d", "-p", "SmallPlans", "--device", "cpu", "--num-workers", "2")
         return [*where, *small, "--output", str(self.folder / output), *more]
 
-    def run(self, arguments: Sequence[str], kill: int = 0, processes: int = 1) -> list[int]:
-        """Run the command in one or several forked processes; returns their exit codes."""
+    def run(self, arguments: Sequence[str], kill: tuple[str, int] | None = None, processes: int = 1) -> list[int]:
+        """Run the command in one or several forked processes; returns their exit codes.
+
+        Args:
+            arguments: of kaf-pretrain.
+            kill: function and number of the call at which the run kills itself.
+            processes: that share the run.
+        """
         jobs = []
         for rank in range(processes):
             environment: dict[str, str] = {}
@@ -186,8 +200,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(ru
     options = ("--epochs", "3", "--iterations", "3")
     assert runs.run(runs.arguments("whole", *options)) == [0]
     expected = runs.latest("whole")
-    calls = int(runs.log.read_text().rsplit("calls: ", 1)[1])
-    assert calls > 60
+    calls: dict[str, int] = json.loads(runs.log.read_text().rsplit("calls: ", 1)[1])
+    assert len(calls) == 8
     for path in runs.keypoints.rglob("*.npy"):
         path.unlink()
 
@@ -195,10 +209,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(ru
     command = runs.arguments("killed", *options, "--continue")
     folder = runs.folder / "killed"
     kills, leftovers = 0, 0
-    # two kills in the first moments: keypoints are being detected and saved
-    moments = [3, 7]
+    # first while keypoints are being detected, then at random moments of every kind
+    kinds = ["_detect"]
     while kills < KILLS:
-        moment = moments.pop(0) if moments else int(generator.integers(1, calls))
+        kinds = kinds or [str(kind) for kind in generator.permutation(sorted(calls))]
+        kind = kinds.pop()
+        moment = (kind, int(generator.integers(1, calls[kind] + 1)))
         (code,) = runs.run(command, kill=moment)
         assert code in (0, -signal.SIGKILL), runs.log.read_text()[-3000:]
         kills += code != 0
