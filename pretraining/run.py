@@ -155,7 +155,7 @@ class _Run:
                 self._record(record)
             epoch = state.step // config.iterations
             asked = distributed.any_rank(self.preemption.requested is not None, self.trainer.device)
-            if asked or epoch % config.save_every == 0 or state.step == total:
+            if asked or epoch % config.save_every == 0 or state.step == total or self._due():
                 self._save()
             if asked and state.step < total:
                 raise PreemptedError(
@@ -165,9 +165,14 @@ class _Run:
 
     def _after_step(self) -> bool:
         """Save a long epoch now and then; says whether the run was asked to stop."""
-        if time.monotonic() - self.saved >= 60 * self.trainer.config.save_minutes:
+        # Not after its last step: the record of the epoch would be missing in the history.
+        if self.trainer.state.step % self.trainer.config.iterations and self._due():
             self._save()
         return self.preemption.requested is not None
+
+    def _due(self) -> bool:
+        """Whether so much time has passed that the state should be saved."""
+        return time.monotonic() - self.saved >= 60 * self.trainer.config.save_minutes
 
     def _save(self) -> None:
         self.saved = time.monotonic()

@@ -197,7 +197,7 @@ def close(found: dict[str, Any], expected: dict[str, Any], weights: float = 1e-4
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(runs: Runs) -> None:
-    options = ("--epochs", "3", "--iterations", "3")
+    options = ("--epochs", "3", "--iterations", "3", "--save-every", "2")
     assert runs.run(runs.arguments("whole", *options)) == [0]
     expected = runs.latest("whole")
     calls: dict[str, int] = json.loads(runs.log.read_text().rsplit("calls: ", 1)[1])
@@ -206,7 +206,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(ru
         path.unlink()
 
     generator = np.random.default_rng(0)
-    command = runs.arguments("killed", *options, "--continue")
+    # every step is saved: the run may be continued from within an epoch and from the end of one
+    command = runs.arguments("killed", *options, "--save-minutes", "0", "--continue")
     folder = runs.folder / "killed"
     kills, leftovers = 0, 0
     # first while keypoints are being detected, then at random moments of every kind

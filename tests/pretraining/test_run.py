@@ -465,7 +465,29 @@ def test_save_every(tiny: Any, command: Command, monkeypatch: pytest.MonkeyPatch
     saved.clear()
     within = ("--preset", "simclr", "--iterations", "2", "--epochs", "2", "--save-every", "2", "--save-minutes", "0")
     assert cli.main(command(*within)) == 0
-    assert saved == [1, 2, 3, 4, 4]
+    assert saved == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("no_plot")
+def test_a_run_killed_right_after_an_epoch_loses_none_of_its_history(
+    tiny: Any, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was saved last, the record of a finished epoch is in it or is made again."""
+    options = command("--preset", "simclr", "--save-every", "5", "--save-minutes", "0")
+    assert cli.main(options) == 0
+    expected = latest(folder_of(tiny))
+    original = run._Run._record
+
+    def killed(self: Any, record: dict[str, float]) -> None:
+        if record["epoch"] == 1.0:
+            raise KeyboardInterrupt  # nothing is saved on the way out
+        original(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Run, "_record", killed)
+        assert cli.main(options) == 130
+    assert cli.main([*options, "--continue"]) == 0
+    assert equal(latest(folder_of(tiny)), expected)
 
 
 def test_an_unusable_output_folder(
