@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
         text = f"default: {SCHEDULES[2][key]} in 2D, {SCHEDULES[3][key]} in 3D"
         parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--finished", action="store_true", help="run nothing, write the results of finished runs")
     parser.add_argument("--table", action="store_true", help="only print the table of --out")
     return parser
 
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace, further: Sequence[str]) -> dict[str, Any]:
     for configuration in args.configurations:
         for arm in args.arms:
             folder = args.work / configuration / arm
+            if args.finished and not (folder / FINAL).is_file():
+                continue
             finish(command(args, configuration, arm, folder, further), folder)
             preset, network = ARMS[arm]
             runs.append(
@@ -198,7 +201,6 @@ def table(document: Mapping[str, Any]) -> str:
         "alignment",
         "uniformity",
         "effective rank",
-        "seconds",
     ]
     rows = [header, ["---"] * len(header)]
     for one in document["runs"]:
@@ -206,11 +208,12 @@ def table(document: Mapping[str, Any]) -> str:
         rows.append(
             [
                 *(f"`{one[name]}`" for name in ("configuration", "preset", "network")),
-                change(one["loss"]["total"], ".3f"),
+                "<br>".join(
+                    f"{name} {change(values, '.3f')}" for name, values in one["loss"].items() if name != "total"
+                ),
                 *(change(metrics[name], ".1f", 100) for name in ("recall_at_1", "recall_at_5")),
                 *(change(metrics[name], ".3f") for name in ("alignment", "uniformity")),
                 change(metrics["effective_rank"], ".1f"),
-                number(one["seconds"], ".0f"),
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

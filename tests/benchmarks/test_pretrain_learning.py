@@ -107,13 +107,19 @@ def test_seconds_of_a_killed_attempt_stay_unknown(bench: Run, calls: list[list[s
     record.write_text(json.dumps([{**attempts[0], "seconds": None}, *attempts]))
     document = bench(arms=["pcl_plain"])
     assert document["runs"][0]["seconds"] is None  # type: ignore[index]
-    assert "n/a |" in pretrain_learning.table(document)
+
+
+def test_results_of_finished_runs_alone(bench: Run, calls: list[list[str]]) -> None:
+    bench(arms=["pcl_plain"])
+    document = bench("--finished", arms=["pcl_plain", "simclr_plain"])
+    assert [run["arm"] for run in document["runs"]] == ["pcl_plain"]  # type: ignore[attr-defined]
+    assert len(calls) == 1
 
 
 def test_schedule_depends_on_the_configuration() -> None:
     args = pretrain_learning.parser().parse_args(["--dataset", "1", "--work", "w", "--epochs", "7"])
     flat, deep = (pretrain_learning.command(args, c, "pcl_plain", Path("f"), []) for c in ("2d", "3d_fullres"))
-    for command, iterations in ((flat, 10), (deep, 5)):
+    for command, iterations in ((flat, 10), (deep, 4)):
         options = dict(pairwise(command))
         assert options["--epochs"] == "7"
         assert options["--iterations"] == str(iterations)
@@ -126,7 +132,11 @@ def test_table_shows_changes_and_gaps() -> None:
         "configuration": "2d",
         "preset": "kaf",
         "network": "kaf",
-        "loss": {"total": {"first_epoch": 9.0, "last_epoch": 8.5}},
+        "loss": {
+            "total": {"first_epoch": 9.0, "last_epoch": 8.5},
+            "bottleneck": {"first_epoch": 3.0, "last_epoch": 2.0},
+            "local": {"first_epoch": 6.0, "last_epoch": 6.5},
+        },
         "metrics": {
             "recall_at_1": pair,
             "recall_at_5": {"before": None, "after": 0.5},
@@ -134,8 +144,7 @@ def test_table_shows_changes_and_gaps() -> None:
             "uniformity": pair,
             "effective_rank": pair,
         },
-        "seconds": 12.3,
     }
     row = pretrain_learning.table({"runs": [run]}).splitlines()[2]
-    assert "| 9.000 to 8.500 | 25.0 to 50.0 | n/a to 50.0 | 0.250 to 0.500 |" in row
-    assert row.endswith("| 12 |")
+    losses = "| bottleneck 3.000 to 2.000<br>local 6.000 to 6.500 |"
+    assert f"{losses} 25.0 to 50.0 | n/a to 50.0 | 0.250 to 0.500 |" in row
