@@ -8,6 +8,6 @@
 - ``loader``: case -> ``pairs`` -> ``views``, ``splines``, ``render`` -> ``correspondences`` -> ``batch``.
 - ``model``, ``heads``: batch -> embeddings. ``losses``, ``positives``, ``pairwise``, ``transport``: embeddings -> loss.
 - ``loop``: step and epoch. ``distributed``, ``signals``, ``checkpoint``: several processes, interruption, resume.
-- ``monitor``, ``metrics``, ``progress``, ``tracking``: does it learn.
+- ``monitor``, ``metrics``, ``progress``, ``tracking``, ``logfile``: does it learn.
 - ``interop``, ``sources``, ``nnssl``, ``export_cli``: weights of and for other tools.
 """

@@ -148,8 +148,8 @@ def export(path: Path, state: TrainingState, task: Task, fold: int | str, pretra
     )
 
 
-def tidy(folder: Path, resume: bool) -> None:
-    """Make the folder of a run; remove what a killed run left, and set an earlier run aside unless it is continued.
+def tidy(folder: Path) -> None:
+    """Make the folder of a run and remove what a killed run left.
 
     Raises:
         KAFError: if it cannot be made or written to.
@@ -160,8 +160,6 @@ def tidy(folder: Path, resume: bool) -> None:
             leftover.unlink(missing_ok=True)
     except OSError as error:
         raise KAFError(f"{folder}: the folder cannot be made or written to ({error}). Choose with --output.") from error
-    if not (resume and (folder / LATEST).is_file()):
-        set_aside(folder)
 
 
 _FILES = (LATEST, FINAL, "progress.png", "pretraining.log", "nonfinite_batch.json", "tensorboard", "wandb")

@@ -14,9 +14,10 @@ import torch
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256
 from pretraining import distributed
-from pretraining.checkpoint import FINAL, LATEST, export, load_latest, run_identity, save_latest, tidy
+from pretraining.checkpoint import FINAL, LATEST, export, load_latest, run_identity, save_latest, set_aside, tidy
 from pretraining.config import PretrainConfig
 from pretraining.interop import initialize_encoder
+from pretraining.logfile import log_file
 from pretraining.loop import Trainer, TrainingState, amp_dtype, build_optimizer
 from pretraining.model import PretrainingModel
 from pretraining.monitor import Monitor
@@ -95,8 +96,8 @@ def pretrain(task: Task, config: PretrainConfig, options: RunOptions) -> Path:
     batch_size = _batch_size(task, config)
     with Preemption() as preemption, ExitStack() as stack:
         if distributed.rank() == 0:
-            tidy(folder, options.resume)
-            stack.enter_context(_log_file(folder / "pretraining.log"))
+            tidy(folder)
+            log = stack.enter_context(log_file(folder / "pretraining.log"))
         data_options = DataOptions(
             options.fold, options.datasets, options.folders, options.skip_bad, options.num_workers, options.device
         )
@@ -104,6 +105,11 @@ def pretrain(task: Task, config: PretrainConfig, options: RunOptions) -> Path:
         state = build_state(task, config, options.device)
         identity = run_identity(task, options.fold, data.cases, batch_size)
         identity, resumed = _start(folder, state, task, config, options, identity)
+        if distributed.rank() == 0:
+            # Not before everything has been checked: a command with a mistake must not hide an earlier run's result.
+            if not resumed:
+                set_aside(folder)
+            log.flush()
         _announce(task, config, options, len(data.cases), batch_size)
         trainer = Trainer(
             state, config, task.patch_size, options.device, folder / "nonfinite_batch.json", options.compiled
@@ -203,20 +209,6 @@ def _tracker(folder: Path, options: dict[str, object], resumed: bool) -> Iterato
         yield tracker
     finally:
         tracker.close()
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Append the log of this package to a file for the duration of the run."""
-    handler = logging.FileHandler(path, delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    package = logging.getLogger(__name__.split(".")[0])
-    package.addHandler(handler)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
-        handler.close()
 
 
 def _batch_size(task: Task, config: PretrainConfig) -> int:

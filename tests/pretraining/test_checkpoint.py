@@ -128,16 +128,10 @@ def test_an_earlier_run_is_set_aside_completely_and_never_overwritten(tmp_path: 
     assert set_aside(tmp_path) == []
 
 
-def test_tidy_keeps_only_what_is_continued(tmp_path: Path) -> None:
+def test_tidy_makes_the_folder_and_removes_what_a_killed_run_left(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
-    tidy(folder, resume=True)
-    for resume, kept in ((True, True), (False, False)):
-        (folder / LATEST).write_text("")
-        (folder / f".{LATEST}.1.tmp").write_text("half")
-        tidy(folder, resume)
-        assert (folder / LATEST).exists() == kept
-        assert list(folder.glob(".*.tmp")) == []
-    # without the checkpoint there is nothing to continue: the other files belong to an earlier run
-    (folder / "pretraining.log").write_text("")
-    tidy(folder, resume=True)
-    assert not (folder / "pretraining.log").exists()
+    tidy(folder)
+    (folder / LATEST).write_text("")
+    (folder / f".{LATEST}.1.tmp").write_text("half")
+    tidy(folder)
+    assert [path.name for path in folder.iterdir()] == [LATEST]

@@ -310,6 +310,21 @@ def test_continue_without_a_checkpoint_starts_and_says_so(
 
 
 @pytest.mark.usefixtures("no_plot")
+def test_a_command_with_a_mistake_leaves_an_earlier_result_where_it_is(
+    tiny: Any, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--preset", "simclr", "--iterations", "1", "--epochs", "1")
+    assert cli.main(command(*few)) == 0
+    folder = folder_of(tiny)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for mistake in (("--images", str(tmp_path / "nowhere")), ("--init", str(tmp_path / "nothing.pth"))):
+        assert cli.main(command(*few, *mistake)) == 2
+        assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert cli.main(command(*few)) == 0
+    assert len(list(folder.glob("checkpoint_final.pth.bak-*"))) == 1
+
+
+@pytest.mark.usefixtures("no_plot")
 def test_continue_with_other_options_names_them(
     tiny: Any, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
