@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch.nn import functional
 
 from pretraining.splines import spline_grid
 from pretraining.views import ViewParameters
+
+NOISE_FIELD = 1 << 22
+"""Values of the field that the noise of all views is taken from."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,26 @@ def adjust_intensity(views: Tensor, intensity: Tensor, seeds: Sequence[int]) -> 
     square = torch.linalg.vector_norm(unit, dim=2, keepdim=True).square() / flat.shape[2]
     std = (square - mean.square()).clamp_min(0).sqrt()
     offset = (mean * (1 - contrast) + std * brightness) * extent + low
-    noise = torch.empty_like(flat)
-    for view, seed in zip(noise, seeds, strict=True):
-        view.normal_(generator=torch.Generator(device=views.device).manual_seed(seed))
     out = torch.addcmul(offset, unit, contrast * extent)
-    return out.addcmul_(noise, std * strength * extent).view(shape)
+    for view, deviation, seed in zip(out, std * strength * extent, seeds, strict=True):
+        view.addcmul_(_noise(view.numel(), seed, views.device).view_as(view), deviation)
+    return out.view(shape)
+
+
+def _noise(count: int, seed: int, device: torch.device) -> Tensor:
+    """Return ``count`` standard normal values that belong to a seed, the same on every device.
+
+    They are a piece of one long field, at a place that the seed determines: drawing new values for every view would be
+    one of the slowest parts of the input pipeline.
+    """
+    if count > NOISE_FIELD // 2:
+        return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(device)
+    # Multiplied by a large odd number, so that neighbouring seeds are not neighbouring places (Knuth's hash).
+    start = seed * 2654435761 % (NOISE_FIELD - count + 1)
+    return _noise_field(str(device))[start : start + count]
+
+
+@lru_cache(maxsize=4)
+def _noise_field(device: str) -> Tensor:
+    """Return the field of `_noise` on a device."""
+    return torch.randn(NOISE_FIELD, generator=torch.Generator().manual_seed(0)).to(device)

@@ -152,7 +152,7 @@ def bounding_box(control: np.ndarray, extents: Sequence[int], margin: int = 1) -
     The spline is evaluated on a lattice of a few points per cell; between them it deviates from the linear interpolant
     by at most h^2 / 8 times its second derivative, which its control points bound. ``margin`` voxels are added.
     """
-    dims, per_cell = len(extents), 4
+    dims, per_cell = len(extents), 2
     lattice = [per_cell * (control.shape[0] - 3) + 1] * dims
     points = spline_grid(torch.from_numpy(control).unsqueeze(0), lattice).flatten(0, -2).numpy()
     bend = np.zeros(dims)

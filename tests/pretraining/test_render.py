@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pretraining.config import PretrainConfig
-from pretraining.render import Recipe, adjust_intensity, join, make_recipe, render, stack_padded
+from pretraining.render import NOISE_FIELD, Recipe, _noise, adjust_intensity, join, make_recipe, render, stack_padded
 from pretraining.splines import bounding_box, control_points, spline_grid
 from pretraining.views import ViewParameters, draw_view
 
@@ -130,3 +130,16 @@ def test_constant_views_stay_finite() -> None:
     intensity = torch.tensor([1.3, 1.2, 0.2, 0.5]).view(1, 4, 1)
     out = adjust_intensity(torch.full((1, 1, 8, 8), 3.0), intensity, (0,))
     assert torch.allclose(out, torch.full((1, 1, 8, 8), 3.0), atol=1e-4)
+
+
+def test_noise_is_normal_and_large_views_have_their_own() -> None:
+    pieces = [_noise(40_000, seed, torch.device("cpu")) for seed in (1, 2, 2**61 + 5)]
+    for piece in pieces:
+        assert abs(float(piece.mean())) < 0.03
+        assert float(piece.std()) == pytest.approx(1, abs=0.03)
+    correlation = torch.corrcoef(torch.stack(pieces)) - torch.eye(3)
+    assert float(correlation.abs().max()) < 0.03
+    assert torch.equal(pieces[0], _noise(40_000, 1, torch.device("cpu")))
+    large = _noise(NOISE_FIELD // 2 + 1, 3, torch.device("cpu"))
+    assert large.shape == (NOISE_FIELD // 2 + 1,)
+    assert not torch.equal(large[:100], _noise(NOISE_FIELD // 2 + 1, 4, torch.device("cpu"))[:100])
