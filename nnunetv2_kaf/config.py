@@ -7,7 +7,8 @@ model, complete, so that a later change of a default never changes an old model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 from nnunetv2_kaf.errors import KAFError
 
 FUSIONS = ("add", "concat")
+# A patch gets at most one keypoint per so many voxels. A slice of 56 x 40 voxels has about 100 extrema; slots beyond them
+# are masked, but cost as much as any other.
+VOXELS_PER_KEYPOINT = 32
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class KAFConfig:
             at least three, ascending.
         detection_threshold: smallest difference-of-Gaussians response of a keypoint, in multiples of the standard
             deviation of its channel in the patch.
+        activation_checkpointing: compute the activations of each stage of encoder and decoder a second time in the
+            backward pass instead of keeping them: less memory, more time, the same result (Chen et al., 2016).
 
     Raises:
         KAFError: a value is out of range; the message names the option.
@@ -58,6 +64,7 @@ class KAFConfig:
     detection_channels: tuple[int, ...] = (0,)
     detection_scales: tuple[float, ...] = (0.8, 1.27, 2.02, 3.2)
     detection_threshold: float = 0.03
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -90,6 +97,8 @@ class KAFConfig:
         _require(
             len(scales) >= 3 and scales[0] > 0 and ascending, "detection_scales", scales, "three or more, ascending"
         )
+        checkpointing = self.activation_checkpointing
+        _require(isinstance(checkpointing, bool), "activation_checkpointing", checkpointing, "true or false")
         _require(self.detection_threshold >= 0, "detection_threshold", self.detection_threshold, "0 or more")
 
     @classmethod
@@ -103,6 +112,11 @@ class KAFConfig:
             "diffusion_channels": 64,
         }
         return cls(**{**paper, **overrides})
+
+    def for_patch(self, patch_size: Sequence[int]) -> KAFConfig:
+        """These layers with fewer keypoints where the patch is small: one per 32 voxels at most."""
+        most = max(1, int(math.prod(patch_size)) // VOXELS_PER_KEYPOINT)
+        return dataclasses.replace(self, num_keypoints=min(self.num_keypoints, most))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types (tuples become lists); the inverse of `from_dict`."""

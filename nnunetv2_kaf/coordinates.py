@@ -31,7 +31,7 @@ def rescale(coords: Tensor, from_stride: Sequence[float], to_stride: Sequence[fl
     Returns:
         (..., D) in voxels of the second grid.
     """
-    ratio = coords.new_tensor([a / b for a, b in zip(from_stride, to_stride, strict=True)])
+    ratio = _vector(coords, [a / b for a, b in zip(from_stride, to_stride, strict=True)])
     return (coords + 0.5) * ratio - 0.5
 
 
@@ -46,8 +46,8 @@ def flip(coords: Tensor, shape: Sequence[int], axes: Sequence[int]) -> Tensor:
     Returns:
         (..., D): i becomes shape - 1 - i along each flipped axis.
     """
-    sign = coords.new_tensor([-1.0 if d in axes else 1.0 for d in range(len(shape))])
-    offset = coords.new_tensor([float(n - 1) if d in axes else 0.0 for d, n in enumerate(shape)])
+    sign = _vector(coords, [-1.0 if d in axes else 1.0 for d in range(len(shape))])
+    offset = _vector(coords, [float(n - 1) if d in axes else 0.0 for d, n in enumerate(shape)])
     return coords * sign + offset
 
 
@@ -75,7 +75,7 @@ def to_mm(coords: Tensor, spacing: Sequence[float]) -> Tensor:
     Returns:
         (..., D) in mm from the centre of voxel 0.
     """
-    return coords * coords.new_tensor([float(s) for s in spacing])
+    return coords * _vector(coords, spacing)
 
 
 def normalize_mm(coords: Tensor, shape: Sequence[int], spacing: Sequence[float]) -> Tensor:
@@ -92,7 +92,7 @@ def normalize_mm(coords: Tensor, shape: Sequence[int], spacing: Sequence[float])
         (..., D); the largest axis runs over [-1, 1].
     """
     half_extent_mm = max(n * float(s) for n, s in zip(shape, spacing, strict=True)) / 2
-    centre = coords.new_tensor([(n - 1) / 2 for n in shape])
+    centre = _vector(coords, [(n - 1) / 2 for n in shape])
     return to_mm(coords - centre, spacing) / half_extent_mm
 
 
@@ -121,3 +121,8 @@ def voxel_index(coords: Tensor, shape: Sequence[int], stride: Sequence[int]) -> 
         voxel = torch.floor(level[..., d] + 0.5).long().clamp(0, n - 1)
         index = index * n + voxel
     return index
+
+
+def _vector(like: Tensor, values: Sequence[float]) -> Tensor:
+    """(D,) of given values, filled on the device: copying a list there would make the host wait."""
+    return torch.stack([like.new_full((), float(value)) for value in values])

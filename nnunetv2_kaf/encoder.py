@@ -126,6 +126,7 @@ class KAFEncoder(nn.Module):
             output += stem.compute_conv_feature_map_size(input_size)
         block: Any
         for level, stage in enumerate(self.stages):
+            stage = getattr(stage, "_checkpoint_wrapped_module", stage)
             block = stage[-1] if isinstance(stage, nn.Sequential) else stage
             output += block.compute_conv_feature_map_size(input_size)
             input_size = [i // j for i, j in zip(input_size, self.strides[level], strict=True)]

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from nnunetv2_kaf import tokens as token_ops
+from nnunetv2_kaf import sparse
 from nnunetv2_kaf.attention import PositionEncoding, SelfBlock, attention_mask
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.coordinates import normalize_mm, voxel_index
 from nnunetv2_kaf.keypoints import Keypoints
+from nnunetv2_kaf.tokens import averaged, gather, scatter
 
 
 class Diffusion(nn.Module):
     """Spreads the tokens from their voxels over the map.
 
     With `hidden=None`: one convolution D -> C of the scattered tokens. With a number H, the paper's form: convolution
-    D -> H, normalisation, ReLU, convolution H -> C. The first convolution runs on the keypoints' neighbourhoods only
-    (`tokens.scatter_conv`).
+    D -> H, instance normalisation, ReLU, convolution H -> C.
+
+    The scattered map is zero almost everywhere, so each convolution can be evaluated around the keypoints only
+    (`nnunetv2_kaf.sparse`), which is exact: what the normalisation makes of the empty voxels is one vector a sample.
+    Where the keypoints fill the map the dense convolution is cheaper; `sparse.is_cheaper` decides from shapes alone.
 
     Args:
         token_dim: D.
         channels: C of the feature map.
         hidden: H or None.
         kernel_size: the encoder level's own, so that a (1, 3, 3) level of anisotropic data is not mixed across slices.
+
+    Attributes:
+        evaluation: "auto", or "sparse" or "dense" for every convolution; the result is the same.
     """
 
     def __init__(self, token_dim: int, channels: int, hidden: int | None, kernel_size: Sequence[int]) -> None:
@@ -35,27 +44,65 @@ class Diffusion(nn.Module):
         norm_op: Any = nn.InstanceNorm3d if len(kernel_size) == 3 else nn.InstanceNorm2d
         kernel = tuple(kernel_size)
         padding = [k // 2 for k in kernel]
-        first = channels if hidden is None else hidden
+        self.evaluation = "auto"
         # no bias: a constant would reach voxels far from any keypoint
-        self.spread = conv_op(token_dim, first, kernel, padding=padding, bias=False)
-        self.refine: nn.Module | None = None
-        if hidden is not None:
-            self.refine = nn.Sequential(
-                norm_op(hidden, affine=True), nn.ReLU(), conv_op(hidden, channels, kernel, padding=padding)
-            )
+        self.spread = conv_op(token_dim, channels if hidden is None else hidden, kernel, padding=padding, bias=False)
+        self.norm = None if hidden is None else norm_op(hidden, affine=True)
+        self.refine = None if hidden is None else conv_op(hidden, channels, kernel, padding=padding)
 
     @property
     def last(self) -> nn.Module:
         """The convolution that writes the output; zero-initialised for `add` fusion."""
-        return self.spread if not isinstance(self.refine, nn.Sequential) else self.refine[-1]
+        last: nn.Module = self.spread if self.refine is None else self.refine
+        return last
 
     def forward(self, tokens: Tensor, index: Tensor, valid: Tensor, shape: Sequence[int]) -> Tensor:
         """(B, K, D) tokens on their voxels -> (B, C, *shape); exactly zero for a sample without valid keypoints."""
-        out = token_ops.scatter_conv(tokens, index, valid, shape, self.spread.weight)
-        if self.refine is not None:
+        if self.refine is not None and self.norm is not None:
+            if self._use_sparse(self.refine, tokens.shape[1] * self.spread.weight[0, 0].numel(), shape):
+                return self._refine_sparse(tokens, index, valid, shape, self.norm, self.refine)
+            out = functional.relu(_instance_norm(self._spread(tokens, index, valid, shape), self.norm))
             present = valid.any(dim=1).view(-1, *[1] * (out.ndim - 1))
-            out = torch.where(present, self.refine(out), 0.0)
-        return out
+            return torch.where(present, self.refine(out), 0.0)
+        return self._spread(tokens, index, valid, shape)
+
+    def _use_sparse(self, conv: nn.Module, num_values: int, shape: Sequence[int]) -> bool:
+        if self.evaluation == "auto":
+            return sparse.is_cheaper(num_values, math.prod(shape), conv.in_channels)
+        return self.evaluation == "sparse"
+
+    def _spread(self, tokens: Tensor, index: Tensor, valid: Tensor, shape: Sequence[int]) -> Tensor:
+        """The first convolution, as a map."""
+        if not self._use_sparse(self.spread, tokens.shape[1], shape):
+            out: Tensor = self.spread(scatter(tokens, index, valid, shape))
+            return out
+        values = averaged(tokens, index, valid, math.prod(shape))
+        return sparse.to_map(sparse.conv_at(values, index, shape, self.spread.weight), shape)
+
+    def _refine_sparse(
+        self, tokens: Tensor, index: Tensor, valid: Tensor, shape: Sequence[int], norm: Any, refine: Any
+    ) -> Tensor:
+        """Both convolutions around the keypoints: the map between them exists at the first one's sites only."""
+        num_voxels = math.prod(shape)
+        target, inside = sparse.neighbours(index, shape, self.spread.kernel_size)
+        counts = (inside & valid.unsqueeze(-1)).flatten(1)
+        sites = sparse.unique_sites(target.flatten(1), counts, num_voxels)
+        values = averaged(tokens, index, valid, num_voxels)
+        added = sparse.contributions(values, inside, self.spread.weight)
+        hidden = sparse.add_at(added.new_zeros(*sites.index.shape, added.shape[2]), sites.slot, added)
+        hidden, empty = sparse.normalize_sites(hidden, sites.used, num_voxels, norm.weight, norm.bias, norm.eps)
+        # the map is the empty voxels' vector everywhere, plus a difference at the sites
+        background = functional.relu(empty)
+        difference = (functional.relu(hidden) - background) * sites.used.unsqueeze(-1)
+        rows = sparse.conv_constant(background, shape, refine.weight, refine.bias)
+        # a sample without keypoints has no sites and gets no background
+        rows = rows * valid.any(dim=1).view(-1, 1, 1)
+        return sparse.to_map(sparse.conv_at(difference, sites.index, shape, refine.weight, onto=rows), shape)
+
+
+def _instance_norm(x: Tensor, norm: Any) -> Tensor:
+    """`norm(x)`, also of a map of one voxel, which the module refuses."""
+    return torch.instance_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, torch.backends.cudnn.enabled)
 
 
 class KAFLayer(nn.Module):
@@ -113,7 +160,7 @@ class KAFLayer(nn.Module):
         index = voxel_index(keypoints.coords, shape, self.stride)
         coords = keypoints.coords.to(self.project.weight.dtype)
         positions = normalize_mm(coords, input_shape, self.spacing)
-        tokens = self.project(token_ops.gather(features, index)) + self.position(positions)
+        tokens = self.project(gather(features, index)) + self.position(positions)
         mask = attention_mask(keypoints.valid)
         for block in self.blocks:
             tokens = block(tokens, mask)

@@ -117,7 +117,8 @@ class KeypointDetector(nn.Module):
         batch, shape = image.shape[0], image.shape[2:]
         # autocast would run the blur in half precision and move the extrema
         with _no_autocast(image.device.type):
-            channels = image[:, self.channels].float()
+            # no indexing with a list: it would be copied to the device
+            channels = torch.stack([image[:, c] for c in self.channels], dim=1).float()
             score = self._scores(channels).flatten(1)
         score, index = torch.topk(score, self.num_keypoints, dim=1)
         valid = score > 0

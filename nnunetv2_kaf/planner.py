@@ -48,7 +48,7 @@ class _KAFPlanning:
     ):
         """nnU-Net's estimate, of the network with its KAF layers."""
         entry = self._with_kaf(
-            {"network_class_name": arch_class_name, "arch_kwargs": arch_kwargs}, [1.0] * len(patch_size)
+            {"network_class_name": arch_class_name, "arch_kwargs": arch_kwargs}, [1.0] * len(patch_size), patch_size
         )
         return ExperimentPlanner.static_estimate_VRAM_usage(
             patch_size,
@@ -62,7 +62,7 @@ class _KAFPlanning:
     def get_plans_for_configuration(self, spacing, *args, **kwargs):  # type: ignore[no-untyped-def]
         """nnU-Net's plan, with the architecture replaced."""
         plan = super().get_plans_for_configuration(spacing, *args, **kwargs)  # type: ignore[misc]
-        plan["architecture"] = self._with_kaf(plan["architecture"], plan["spacing"])
+        plan["architecture"] = self._with_kaf(plan["architecture"], plan["spacing"], plan["patch_size"])
         return plan
 
     def plan_experiment(self) -> dict[str, Any]:
@@ -97,9 +97,9 @@ class _KAFPlanning:
         folder = Path(str(nnUNet_preprocessed)) / str(self.dataset_name)  # type: ignore[attr-defined]
         return folder / "nnUNetPlans.json"
 
-    def _with_kaf(self, architecture: dict[str, Any], spacing: Any) -> dict[str, Any]:
+    def _with_kaf(self, architecture: dict[str, Any], spacing: Any, patch_size: Any) -> dict[str, Any]:
         names = self.dataset_json.get("channel_names") or self.dataset_json["modality"]  # type: ignore[attr-defined]
-        return kaf_architecture(architecture, spacing, len(names), self.kaf_config)
+        return kaf_architecture(architecture, spacing, len(names), self.kaf_config.for_patch(patch_size))
 
 
 class nnUNetPlannerKAF(_KAFPlanning, ExperimentPlanner):  # type: ignore[misc]  # noqa: N801

@@ -51,11 +51,11 @@ def kaf_plans(plans: Mapping[str, Any], config: KAFConfig | None = None) -> dict
     Args:
         plans: nnU-Net's plans; not changed. Configurations that already name a `KAFUNet` keep it, with every option of
             its kaf block written out; those with a network of another kind stay as they are.
-        config: the layers; None = the defaults.
+        config: the layers, as given; None = the defaults, with as many keypoints as suit the patch.
 
     Returns:
         A deep copy. A configuration that only inherits its architecture keeps inheriting it, unless it changes the
-        spacing, which the network must know.
+        spacing or the patch size, which the network depends on.
 
     Raises:
         KAFError: a kaf block that is there already is wrong.
@@ -67,12 +67,12 @@ def kaf_plans(plans: Mapping[str, Any], config: KAFConfig | None = None) -> dict
             arguments = out["configurations"][name]["architecture"]["arch_kwargs"]
             arguments["kaf"] = KAFConfig.from_dict(arguments.get("kaf", {})).to_dict()
         replaceable = resolved["architecture"]["network_class_name"].rsplit(".", 1)[-1] in _REPLACEABLE
-        if replaceable and ("architecture" in own or "spacing" in own):
+        if replaceable and own.keys() & {"architecture", "spacing", "patch_size"}:
             out["configurations"][name]["architecture"] = kaf_architecture(
                 resolved["architecture"],
                 resolved["spacing"],
                 len(resolved["normalization_schemes"]),
-                config or KAFConfig(),
+                config or KAFConfig().for_patch(resolved["patch_size"]),
             )
     return out
 

@@ -17,6 +17,7 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Sta
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He, init_last_bn_before_add_to_0
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.encoder import KAFEncoder
@@ -95,6 +96,10 @@ class KAFUNet(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
             spacing,
         )
         self.decoder = _decoder(self.encoder, num_classes, n_conv_per_stage_decoder, deep_supervision, backbone_options)
+        if self.encoder.config.activation_checkpointing:
+            for stages in (self.encoder.stages, self.decoder.stages):
+                for i, stage in enumerate(stages):
+                    stages[i] = checkpoint_wrapper(stage)  # names in the state dict stay the same
         # where tools that share pretrained encoders look for the parts
         self.key_to_encoder = "encoder.stages"
         self.key_to_stem = "encoder.stages.0" if plain else "encoder.stem"

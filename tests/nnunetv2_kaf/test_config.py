@@ -43,6 +43,7 @@ def test_unknown_key_is_named_with_the_known_ones() -> None:
         ("detection_threshold", -1),
         ("mlp_ratio", 0),
         ("mlp_ratio", "wide"),
+        ("activation_checkpointing", 1),
         ("position_hidden", [0]),
     ],
 )

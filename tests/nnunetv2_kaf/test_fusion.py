@@ -60,7 +60,7 @@ def test_equals_the_naive_layer(
         conv = functional.conv3d if ndim == 3 else functional.conv2d
         diffused = conv(dense, layer.diffusion.spread.weight, padding=1)
         if hidden is not None:
-            diffused = layer.diffusion.refine(diffused)
+            diffused = layer.diffusion.refine(layer.diffusion.norm(diffused).relu())
         expected = features[b] + diffused[0] if fusion == "add" else torch.cat([features[b], diffused[0]])
         torch.testing.assert_close(fused[b], expected, rtol=1e-4, atol=1e-5)
 

@@ -56,7 +56,7 @@ def test_plans_name_the_kaf_network_and_share_preprocessed_data(dataset: Path) -
         assert ours["architecture"]["network_class_name"] == "nnunetv2_kaf.unet.KAFUNet"
         options = ours["architecture"]["arch_kwargs"]
         assert options["spacing"] == ours["spacing"]
-        assert KAFConfig.from_dict(options["kaf"]) == KAFConfig(detection_channels=(0, 1))
+        assert KAFConfig.from_dict(options["kaf"]) == KAFConfig(detection_channels=(0, 1)).for_patch(ours["patch_size"])
         assert theirs["architecture"]["network_class_name"].endswith("PlainConvUNet")
 
 
@@ -87,8 +87,9 @@ def test_residual_presets(size: str, dataset: Path) -> None:
 
 def test_paper_preset(dataset: Path) -> None:
     plans = planner.nnUNetPlannerKAFPaper("Dataset991_Plan", gpu_memory_target_in_gb=40).plan_experiment()
-    block = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["kaf"]
-    assert KAFConfig.from_dict(block) == KAFConfig.paper(detection_channels=(0, 1))
+    entry = plans["configurations"]["2d"]
+    expected = KAFConfig.paper(detection_channels=(0, 1)).for_patch(entry["patch_size"])
+    assert KAFConfig.from_dict(entry["architecture"]["arch_kwargs"]["kaf"]) == expected
 
 
 def test_kaf_layers_count_in_the_memory_estimate(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

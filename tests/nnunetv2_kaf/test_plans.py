@@ -35,10 +35,23 @@ def test_substitution_keeps_every_option_and_leaves_the_input_alone(plain_plans:
         assert {k: new[k] for k in old} == old
         assert set(new) - set(old) == {"kaf", "spacing"}
         assert new["spacing"] == resolve_configuration(plans, name)["spacing"]
-        assert KAFConfig.from_dict(new["kaf"]) == KAFConfig()
+        patch = resolve_configuration(plans, name)["patch_size"]
+        assert KAFConfig.from_dict(new["kaf"]) == KAFConfig().for_patch(patch)
     assert plans["configurations"]["3d_cascade_fullres"] == before["configurations"]["3d_cascade_fullres"]
     assert json.loads(json.dumps(plans)) == plans
     assert kaf_plans(plans) == plans, "a second substitution changes nothing"
+
+
+def test_a_small_patch_gets_fewer_keypoints(plain_plans: Plans) -> None:
+    plain_plans["configurations"]["2d"]["patch_size"] = [56, 40]
+    plain_plans["configurations"]["3d_fullres"]["patch_size"] = [40, 56, 40]
+    # a configuration that inherits its architecture but not its patch
+    plain_plans["configurations"]["small"] = {"inherits_from": "3d_fullres", "patch_size": [8, 16, 16]}
+    plans = kaf_plans(plain_plans)
+    found = {name: options(plans, name)["kaf"]["num_keypoints"] for name in ("2d", "3d_fullres", "small")}
+    assert found == {"2d": 56 * 40 // 32, "3d_fullres": 256, "small": 64}
+    given = kaf_plans(plain_plans, KAFConfig(num_keypoints=100))
+    assert options(given, "2d")["kaf"]["num_keypoints"] == 100, "a number that is given is kept"
 
 
 def test_partial_kaf_block_is_written_out(plain_plans: Plans) -> None:
@@ -65,7 +78,7 @@ def test_other_networks_are_left_alone_and_named(plain_plans: Plans) -> None:
     [
         ("2d", {"spacing": [1.0, 1.0]}, r"spacing \[1.5, 1.0\] differs from the configuration's \[1.0, 1.0\]"),
         ("2d", {"patch_size": [22, 40]}, r"patch \[22, 40\] cannot be pooled by \[4, 4\] in 3 stages"),
-        ("2d", {"patch_size": [8, 8]}, r"num_keypoints: found 256, more than the 64 voxels"),
+        ("2d", {"patch_size": [4, 4]}, r"num_keypoints: found 30, more than the 16 voxels"),
     ],
 )
 def test_what_cannot_run_is_named(configuration: str, change: Plans, message: str, plain_plans: Plans) -> None:

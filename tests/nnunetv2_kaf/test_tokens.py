@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nnunetv2_kaf import tokens as ops
 
@@ -56,13 +55,12 @@ def test_gather_after_scatter_gives_the_tokens_back_where_none_collide(shape: tu
     torch.testing.assert_close(ops.gather(ops.scatter(tokens, index, valid, shape), index), tokens)
 
 
-@pytest.mark.parametrize("form", ["scatter", "scatter_conv"])
-def test_order_and_invalid_tokens_do_not_matter(form: str) -> None:
-    shape, weight = (6, 8), torch.randn(3, 4, 3, 3, dtype=torch.float64)
+def test_order_and_invalid_tokens_do_not_matter() -> None:
+    shape = (6, 8)
     tokens, index, valid = make(shape, dtype=torch.float64)
 
     def run(*arguments: Tensor) -> Tensor:
-        return ops.scatter(*arguments, shape) if form == "scatter" else ops.scatter_conv(*arguments, shape, weight)
+        return ops.scatter(*arguments, shape)
 
     expected = run(tokens, index, valid)
     order = torch.randperm(6)
@@ -74,47 +72,14 @@ def test_order_and_invalid_tokens_do_not_matter(form: str) -> None:
     torch.testing.assert_close(run(padded[0], padded[1], mask), expected)
 
 
-@pytest.mark.parametrize(
-    ("shape", "kernel"),
-    [
-        ((5, 7), (3, 3)),
-        ((12, 9), (3, 3)),
-        ((1, 40), (3, 3)),
-        ((6, 7, 8), (3, 3, 3)),
-        ((6, 7, 8), (1, 3, 3)),
-        ((1, 1), (3, 3)),
-    ],
-)
-@pytest.mark.parametrize("count", [2, 6, 50])
-def test_scatter_conv_equals_the_dense_convolution(shape: tuple[int, ...], kernel: tuple[int, ...], count: int) -> None:
-    # borders, collisions, one voxel, more tokens than voxels: outputs and all gradients
-    tokens, index, valid = make(shape, count=count, dtype=torch.float64)
-    weight = torch.randn(3, 4, *kernel, dtype=torch.float64)
-    results = []
-    for form in ("dense", "sparse"):
-        t, w = tokens.clone().requires_grad_(), weight.clone().requires_grad_()
-        if form == "dense":
-            conv = functional.conv3d if len(shape) == 3 else functional.conv2d
-            out = conv(ops.scatter(t, index, valid, shape), w, padding=[k // 2 for k in kernel])
-        else:
-            out = ops.scatter_conv(t, index, valid, shape, w)
-        out.backward(torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin())
-        results.append((out.detach(), t.grad, w.grad))
-    for dense, sparse in zip(*results, strict=True):
-        torch.testing.assert_close(sparse, dense)
-
-
 def test_all_tokens_invalid_writes_nothing() -> None:
     tokens, index, valid = make((6, 8))
     none = torch.zeros_like(valid)
     assert not ops.scatter(tokens, index, none, (6, 8)).any()
-    assert not ops.scatter_conv(tokens, index, none, (6, 8), torch.randn(3, 4, 3, 3)).any()
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (3, 4, 2)])
 def test_gradcheck(shape: tuple[int, ...]) -> None:
     tokens, index, valid = make(shape, count=5, channels=2, dtype=torch.float64)
-    weight = torch.randn(2, 2, *[3] * len(shape), dtype=torch.float64, requires_grad=True)
     tokens.requires_grad_()
     assert torch.autograd.gradcheck(lambda t: ops.scatter(t, index, valid, shape), (tokens,))
-    assert torch.autograd.gradcheck(lambda t, w: ops.scatter_conv(t, index, valid, shape, w), (tokens, weight))

@@ -81,7 +81,7 @@ def test_plain_plans_get_the_kaf_network_and_say_so(configuration: str, make: Ma
     assert is_kaf(trainer.plans_manager.plans, configuration)
     assert trainer.my_init_kwargs["plans"] is trainer.plans_manager.plans
     assert "KAF: replaced the PlainConvUNet of nnUNetPlans by KAFUNet" in log(trainer)
-    assert "'num_keypoints': 256" in log(trainer)
+    assert f"'num_keypoints': {trainer.kaf_config.num_keypoints}" in log(trainer)
 
 
 def test_cascade_input_has_one_hot_channels_but_detection_has_not(make: Make) -> None:
@@ -119,7 +119,8 @@ def test_a_saved_model_keeps_its_layers_when_defaults_change(make: Make, plain_p
     assert changed.kaf_config == old, "the layers are kept, the rest follows the plans"
     assert changed.configuration_manager.network_arch_init_kwargs["features_per_stage"] == [4, 4, 4]
     cascade = make(configuration="3d_cascade_fullres")
-    assert cascade.kaf_config == KAFConfig(), "another configuration has its own folder"
+    patch = cascade.configuration_manager.patch_size
+    assert cascade.kaf_config == KAFConfig().for_patch(patch), "another configuration has its own folder"
 
 
 def test_plans_that_cannot_carry_layers_are_refused(make: Make, plain_plans: Plans) -> None:

@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +9,13 @@ import torch
 from dynamic_network_architectures.architectures.abstract_arch import test_submodules_loadable as submodules_loadable
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.unet import KAFUNet
 
+PAPER = KAFConfig.paper(num_keypoints=12, token_dim=8, num_blocks=2, position_hidden=(8,))
 SMALL = KAFConfig(num_keypoints=12, token_dim=16, num_blocks=1, position_hidden=(8,))
 CONCAT = dataclasses.replace(SMALL, fusion="concat", diffusion_channels=5)
 CASES = [(ndim, backbone) for ndim in (2, 3) for backbone in ("plain", "residual")]
@@ -129,7 +133,7 @@ def test_paper_preset_runs_with_one_level(build_kaf: Build, random_image: Build)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
-@pytest.mark.parametrize("config", [SMALL, CONCAT], ids=["add", "concat"])
+@pytest.mark.parametrize("config", [SMALL, CONCAT, PAPER], ids=["add", "concat", "paper"])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_graph_breaks(
     ndim: int, config: KAFConfig, training: bool, build_kaf: Build, random_image: Build, randomize: Build
@@ -143,6 +147,81 @@ def test_compiles_without_graph_breaks(
         compiled(image).sum().backward()
     with torch.no_grad():
         torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_the_default_backend_compiles_training_and_prediction(
+    ndim: int, build_kaf: Build, random_image: Build, randomize: Build
+) -> None:
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU, and none is here")
+    torch._dynamo.reset()
+    network = build_kaf(ndim, dataclasses.replace(SMALL, levels=(0,)))  # one level: compiling takes half a minute
+    randomize(network)
+    image = random_image(ndim)
+    network(image).square().mean().backward()
+    # with deep supervision off the lower heads take no part
+    expected = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    compiled = torch.compile(network, fullgraph=True)
+    compiled(image).square().mean().backward()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-5)
+    network.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-5)
+
+
+class _Operators(TorchDispatchMode):
+    """Collects the names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("config", [SMALL, PAPER], ids=["default", "paper"])
+def test_nothing_makes_the_host_wait_for_the_device(
+    ndim: int, config: KAFConfig, build_kaf: Build, random_image: Build
+) -> None:
+    network, image = build_kaf(ndim, config), random_image(ndim)
+    with _Operators() as ran:
+        network(image).sum().backward()
+    # reading a value back, shapes that depend on values (`index` by a mask), constants made on the host
+    waiting = {"index", "_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero"}
+    assert not ran.names & {*waiting, "equal", "lift_fresh", "lift_fresh_copy"}
+    with _Operators() as ran:
+        torch.tensor([1.0, 2.0]).nonzero().sum().item()
+    assert {"lift_fresh", "nonzero", "_local_scalar_dense"} <= ran.names, "the operators' names have changed"
+
+
+@pytest.mark.parametrize(("ndim", "backbone"), CASES)
+def test_activation_checkpointing_changes_memory_only(
+    ndim: int, backbone: str, build_kaf: Build, random_image: Build
+) -> None:
+    plain = build_kaf(ndim, SMALL, backbone)
+    saving = build_kaf(ndim, dataclasses.replace(SMALL, activation_checkpointing=True), backbone)
+    assert list(saving.state_dict()) == list(plain.state_dict())
+    saving.load_state_dict(plain.state_dict())
+    assert saving.compute_conv_feature_map_size((16, 16, 24)[:ndim]) == plain.compute_conv_feature_map_size(
+        (16, 16, 24)[:ndim]
+    )
+    kept = []
+    for network in (plain, saving):
+        network.train()
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: (saved.append(t), t)[1], lambda t: t):
+            loss = network(random_image(ndim)).square().mean()
+        loss.backward()
+        kept.append(sum({t.data_ptr(): t.nbytes for t in saved}.values()))
+    assert kept[1] < 0.8 * kept[0]
+    for ours, theirs in zip(saving.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_memory_estimate_counts_the_layers(build_kaf: Build, build_plain: Build) -> None:
