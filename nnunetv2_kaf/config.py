@@ -16,8 +16,8 @@ from typing import Any
 from nnunetv2_kaf.errors import KAFError
 
 FUSIONS = ("add", "concat")
-# A patch gets at most one keypoint per so many voxels. A slice of 56 x 40 voxels has about 100 extrema; slots beyond them
-# are masked, but cost as much as any other.
+# A patch gets at most one keypoint per so many voxels. A slice of 56 x 40 voxels has about 100 extrema; slots beyond
+# them are masked, but cost as much as any other.
 VOXELS_PER_KEYPOINT = 32
 
 

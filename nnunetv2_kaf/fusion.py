@@ -56,48 +56,70 @@ class Diffusion(nn.Module):
         last: nn.Module = self.spread if self.refine is None else self.refine
         return last
 
-    def forward(self, tokens: Tensor, index: Tensor, valid: Tensor, shape: Sequence[int]) -> Tensor:
-        """(B, K, D) tokens on their voxels -> (B, C, *shape); exactly zero for a sample without valid keypoints."""
-        if self.refine is not None and self.norm is not None:
-            if self._use_sparse(self.refine, tokens.shape[1] * self.spread.weight[0, 0].numel(), shape):
-                return self._refine_sparse(tokens, index, valid, shape, self.norm, self.refine)
-            out = functional.relu(_instance_norm(self._spread(tokens, index, valid, shape), self.norm))
-            present = valid.any(dim=1).view(-1, *[1] * (out.ndim - 1))
-            return torch.where(present, self.refine(out), 0.0)
-        return self._spread(tokens, index, valid, shape)
+    def forward(
+        self, tokens: Tensor, index: Tensor, valid: Tensor, shape: Sequence[int], onto: Tensor | None = None
+    ) -> Tensor:
+        """Spread.
 
-    def _use_sparse(self, conv: nn.Module, num_values: int, shape: Sequence[int]) -> bool:
+        Args:
+            tokens: (B, K, D).
+            index: (B, K) flat indices of their voxels.
+            valid: (B, K) bool.
+            shape: spatial shape S of the map.
+            onto: (B, C, *S) to add the result to; None = zeros.
+
+        Returns:
+            (B, C, *S); for a sample without valid keypoints exactly `onto`.
+        """
+        base = None if onto is None else onto.flatten(2)
+        if self.norm is None or self.refine is None:
+            return _to_map(self._spread(tokens, index, valid, shape, base), shape)
+        if self._use_sparse(self.refine, tokens.shape[1] * self.spread.weight[0, 0].numel(), shape):
+            out = self._refine_sparse(tokens, index, valid, shape, self.norm, self.refine)
+        else:
+            hidden = _to_map(self._spread(tokens, index, valid, shape), shape)
+            out = self.refine(functional.relu(_instance_norm(hidden, self.norm))).flatten(2)
+            out = torch.where(valid.any(dim=1).view(-1, 1, 1), out, 0.0)
+        return _to_map(out if base is None else base + out.to(base.dtype), shape)
+
+    def _use_sparse(self, conv: Any, num_values: int, shape: Sequence[int]) -> bool:
         if self.evaluation == "auto":
             return sparse.is_cheaper(num_values, math.prod(shape), conv.in_channels)
         return self.evaluation == "sparse"
 
-    def _spread(self, tokens: Tensor, index: Tensor, valid: Tensor, shape: Sequence[int]) -> Tensor:
-        """The first convolution, as a map."""
-        if not self._use_sparse(self.spread, tokens.shape[1], shape):
-            out: Tensor = self.spread(scatter(tokens, index, valid, shape))
-            return out
-        values = averaged(tokens, index, valid, math.prod(shape))
-        return sparse.to_map(sparse.conv_at(values, index, shape, self.spread.weight), shape)
+    def _spread(
+        self, tokens: Tensor, index: Tensor, valid: Tensor, shape: Sequence[int], onto: Tensor | None = None
+    ) -> Tensor:
+        """The first convolution, (B, H, V)."""
+        if self._use_sparse(self.spread, tokens.shape[1], shape):
+            values = averaged(tokens, index, valid, math.prod(shape)).transpose(1, 2)
+            return sparse.conv_at(values, index, shape, self.spread.weight, onto)
+        out: Tensor = self.spread(scatter(tokens, index, valid, shape)).flatten(2)
+        return out if onto is None else onto + out.to(onto.dtype)
 
     def _refine_sparse(
         self, tokens: Tensor, index: Tensor, valid: Tensor, shape: Sequence[int], norm: Any, refine: Any
     ) -> Tensor:
-        """Both convolutions around the keypoints: the map between them exists at the first one's sites only."""
+        """Both convolutions around the keypoints, (B, C, V): the map between them exists at the first one's sites."""
         num_voxels = math.prod(shape)
         target, inside = sparse.neighbours(index, shape, self.spread.kernel_size)
-        counts = (inside & valid.unsqueeze(-1)).flatten(1)
-        sites = sparse.unique_sites(target.flatten(1), counts, num_voxels)
-        values = averaged(tokens, index, valid, num_voxels)
+        sites = sparse.unique_sites(target.flatten(1), (inside & valid.unsqueeze(1)).flatten(1), num_voxels)
+        values = averaged(tokens, index, valid, num_voxels).transpose(1, 2)
         added = sparse.contributions(values, inside, self.spread.weight)
-        hidden = sparse.add_at(added.new_zeros(*sites.index.shape, added.shape[2]), sites.slot, added)
+        hidden = sparse.add_at(added.new_zeros(*added.shape[:2], sites.voxel.shape[1]), sites.slot, added)
         hidden, empty = sparse.normalize_sites(hidden, sites.used, num_voxels, norm.weight, norm.bias, norm.eps)
         # the map is the empty voxels' vector everywhere, plus a difference at the sites
         background = functional.relu(empty)
-        difference = (functional.relu(hidden) - background) * sites.used.unsqueeze(-1)
-        rows = sparse.conv_constant(background, shape, refine.weight, refine.bias)
+        difference = (functional.relu(hidden) - background) * sites.used.unsqueeze(1)
+        everywhere = sparse.conv_constant(background, shape, refine.weight, refine.bias)
         # a sample without keypoints has no sites and gets no background
-        rows = rows * valid.any(dim=1).view(-1, 1, 1)
-        return sparse.to_map(sparse.conv_at(difference, sites.index, shape, refine.weight, onto=rows), shape)
+        everywhere = everywhere * valid.any(dim=1).view(-1, 1, 1)
+        return sparse.conv_at(difference, sites.voxel, shape, refine.weight, everywhere)
+
+
+def _to_map(flat: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, C, V) -> (B, C, *S)."""
+    return flat.view(*flat.shape[:2], *shape)
 
 
 def _instance_norm(x: Tensor, norm: Any) -> Tensor:
@@ -165,9 +187,10 @@ class KAFLayer(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, mask)
         tokens = self.norm(tokens) * keypoints.valid.unsqueeze(-1)
+        if self.fusion == "add":
+            return self.diffusion(tokens, index, keypoints.valid, shape, onto=features), tokens
         diffused = self.diffusion(tokens, index, keypoints.valid, shape).to(features.dtype)
-        fused = features + diffused if self.fusion == "add" else torch.cat((features, diffused), dim=1)
-        return fused, tokens
+        return torch.cat((features, diffused), dim=1), tokens
 
     def compute_conv_feature_map_size(self, level_shape: Sequence[int]) -> int:
         """Activations of the layer per sample, in values: nnU-Net's proxy for GPU memory."""

@@ -4,8 +4,9 @@ A map of scattered tokens is zero almost everywhere, so nearly all work of a den
 Here a voxel's vector is multiplied with the whole kernel once and added to its neighbours: the result equals that of
 `torch.nn.functional.conv2d` / `conv3d` with zero padding, in output and gradients, up to the order of summation.
 
-Maps are rows (B, V, C), V = the voxels in row-major order: one voxel's vector lies in one piece of memory. Shapes depend
-on K and on the map alone, never on the values, so that nothing here waits for the device or breaks a compiled graph.
+Maps are (B, C, V), V = the voxels in row-major order, so that a feature map is one by `flatten(2)`: rearranging a whole
+map costs more than everything that is done around the keypoints. Shapes depend on K and on the map alone, never on the
+values, so that nothing here waits for the device or breaks a compiled graph.
 """
 
 from __future__ import annotations
@@ -18,47 +19,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
 # Adding one number to a map costs about as much as this many multiplications of a dense convolution.
-_SCATTER_COST = 150.0
+_SCATTER_COST = 120.0
 
 
 class Sites(NamedTuple):
     """The distinct voxels that a convolution of scattered tokens can reach, S slots per sample.
 
     Attributes:
-        index: (B, S) flat voxel indices, 0 in slots that are not used.
+        voxel: (B, S) flat indices, 0 in slots that are not used.
         used: (B, S) bool.
         slot: (B, N) the slot of each of the N contributions that the sites were made from; contributions outside the
             map lead to a slot that is not used.
     """
 
-    index: Tensor
+    voxel: Tensor
     used: Tensor
     slot: Tensor
 
 
-def to_map(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, V, C) -> (B, C, *S), a view."""
-    return rows.transpose(1, 2).unflatten(2, tuple(shape))
-
-
-def add_at(rows: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """Add vectors to rows, in place; several on one row sum up.
+def add_at(flat: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """A map with vectors added at some of its voxels; several at one voxel sum up.
 
     Args:
-        rows: (B, V, C), contiguous.
-        index: (B, N) of rows.
-        values: (B, N, C).
+        flat: (B, C, V).
+        index: (B, N) of voxels.
+        values: (B, C, N).
 
     Returns:
-        `rows`.
+        (B, C, V).
     """
-    batch, num_rows, channels = rows.shape
-    # one flat list of rows: adding along the first axis is several times faster than sample by sample
-    sample = torch.arange(batch, device=index.device).unsqueeze(1)
-    flat = (index + sample * num_rows).flatten()
-    return rows.view(-1, channels).index_add_(0, flat, values.reshape(-1, channels)).view(rows.shape)
+    return flat.scatter_add(2, index.unsqueeze(1).expand(-1, flat.shape[1], -1), values.to(flat.dtype))
 
 
 def neighbours(index: Tensor, shape: Sequence[int], kernel: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -70,9 +61,9 @@ def neighbours(index: Tensor, shape: Sequence[int], kernel: Sequence[int]) -> tu
         kernel: odd kernel sizes.
 
     Returns:
-        target: (B, N, taps) flat indices, clamped into the map; inside: (B, N, taps) bool, False where clamped.
+        target: (B, taps, N) flat indices, clamped into the map; inside: (B, taps, N) bool, False where clamped.
     """
-    target = torch.zeros_like(index).unsqueeze(-1)
+    target = torch.zeros_like(index).unsqueeze(1)
     inside = torch.ones_like(target, dtype=torch.bool)
     remaining = math.prod(shape)
     for n, k in zip(shape, kernel, strict=True):
@@ -80,10 +71,10 @@ def neighbours(index: Tensor, shape: Sequence[int], kernel: Sequence[int]) -> tu
         position = torch.div(index, remaining, rounding_mode="floor") % n
         # tap t of a convolution reads voxel i + t - k // 2, so a value at p reaches i = p - (t - k // 2)
         offset = k // 2 - torch.arange(k, device=index.device)
-        voxel = position.unsqueeze(-1) + offset
+        voxel = position.unsqueeze(1) + offset.unsqueeze(-1)
         ok = (voxel >= 0) & (voxel < n)
-        target = (target.unsqueeze(-1) * n + voxel.clamp(0, n - 1).unsqueeze(-2)).flatten(2)
-        inside = (inside.unsqueeze(-1) & ok.unsqueeze(-2)).flatten(2)
+        target = (target.unsqueeze(2) * n + voxel.clamp(0, n - 1).unsqueeze(1)).flatten(1, 2)
+        inside = (inside.unsqueeze(2) & ok.unsqueeze(1)).flatten(1, 2)
     return target, inside
 
 
@@ -91,36 +82,36 @@ def contributions(values: Tensor, inside: Tensor, weight: Tensor) -> Tensor:
     """What vectors add to their neighbours under a convolution.
 
     Args:
-        values: (B, N, D).
-        inside: (B, N, taps) from `neighbours`.
+        values: (B, D, N).
+        inside: (B, taps, N) from `neighbours`.
         weight: (C, D, *kernel).
 
     Returns:
-        (B, N * taps, C), zero outside the map; single precision under autocast, because many are summed.
+        (B, C, taps * N), zero outside the map; single precision under autocast, because many are summed.
     """
-    taps = weight.flatten(2).permute(1, 2, 0).flatten(1).to(values.dtype)
-    out = (values @ taps).unflatten(-1, (-1, weight.shape[0]))
+    taps = weight.flatten(2).transpose(1, 2).flatten(0, 1).to(values.dtype)
+    out = torch.bmm(taps.expand(values.shape[0], -1, -1), values)
     out = out if out.dtype == torch.float64 else out.float()
-    return out.mul_(inside.unsqueeze(-1)).flatten(1, 2)
+    return out.view(out.shape[0], weight.shape[0], *inside.shape[1:]).mul_(inside.unsqueeze(1)).flatten(2)
 
 
 def conv_at(values: Tensor, index: Tensor, shape: Sequence[int], weight: Tensor, onto: Tensor | None = None) -> Tensor:
     """Zero-padded convolution of a map that holds `values` at `index` and zero elsewhere.
 
     Args:
-        values: (B, N, D); those on one voxel sum up.
+        values: (B, D, N); those at one voxel sum up.
         index: (B, N) flat voxel indices.
         shape: spatial shape S of the map.
         weight: (C, D, *kernel), odd kernel sizes, as of `torch.nn.Conv2d` / `Conv3d`.
-        onto: (B, V, C) rows to add the result to, in place; None = zeros.
+        onto: (B, C, V) to add the result to; None = zeros.
 
     Returns:
-        (B, V, C).
+        (B, C, V).
     """
     target, inside = neighbours(index, shape, weight.shape[2:])
     added = contributions(values, inside, weight)
     if onto is None:
-        onto = added.new_zeros(index.shape[0], math.prod(shape), weight.shape[0])
+        onto = added.new_zeros(index.shape[0], weight.shape[0], math.prod(shape))
     return add_at(onto, target.flatten(1), added)
 
 
@@ -141,9 +132,9 @@ def unique_sites(target: Tensor, inside: Tensor, num_voxels: int) -> Sites:
     group = starts.long().cumsum(dim=1)
     slot = torch.empty_like(group).scatter_(1, order, group)
     # every contribution of a group writes the same voxel
-    index = torch.full_like(ordered[:, :slots], num_voxels).scatter_(1, group, ordered)
-    used = index < num_voxels
-    return Sites(index * used, used, slot)
+    voxel = torch.full_like(ordered[:, :slots], num_voxels).scatter_(1, group, ordered)
+    used = voxel < num_voxels
+    return Sites(voxel * used, used, slot)
 
 
 def normalize_sites(
@@ -152,7 +143,7 @@ def normalize_sites(
     """Instance normalisation of a map that holds `values` at its sites and zero at all other voxels.
 
     Args:
-        values: (B, S, C), zero in slots that are not used.
+        values: (B, C, S), zero in slots that are not used.
         used: (B, S) bool.
         num_voxels: V, sites and all others.
         weight: (C,) of the normalisation.
@@ -160,15 +151,15 @@ def normalize_sites(
         eps: of the normalisation.
 
     Returns:
-        (B, S, C) normalised values; (B, 1, C) the value that zero becomes, which all other voxels hold.
+        (B, C, S) normalised values; (B, C, 1) the value that zero becomes, which all other voxels hold.
     """
-    mean = values.sum(dim=1, keepdim=True) / num_voxels
+    mean = values.sum(dim=2, keepdim=True) / num_voxels
     others = num_voxels - used.sum(dim=1).to(values.dtype).view(-1, 1, 1)
-    squares = ((values - mean).square() * used.unsqueeze(-1)).sum(dim=1, keepdim=True)
+    squares = ((values - mean).square() * used.unsqueeze(1)).sum(dim=2, keepdim=True)
     # the other voxels' zeros deviate from the mean by the mean
     variance = (squares + others * mean.square()) / num_voxels
-    scale = weight.to(values.dtype) * torch.rsqrt(variance + eps)
-    offset = bias.to(values.dtype) - mean * scale
+    scale = weight.to(values.dtype).unsqueeze(-1) * torch.rsqrt(variance + eps)
+    offset = bias.to(values.dtype).unsqueeze(-1) - mean * scale
     return values * scale + offset, offset
 
 
@@ -178,27 +169,27 @@ def conv_constant(vector: Tensor, shape: Sequence[int], weight: Tensor, bias: Te
     It is constant inside and differs at the borders only, so it is computed on a map of the kernel's size and repeated.
 
     Args:
-        vector: (B, 1, D).
+        vector: (B, D, 1).
         shape: spatial shape S of the map.
         weight: (C, D, *kernel), odd kernel sizes.
         bias: (C,).
 
     Returns:
-        (B, V, C), contiguous.
+        (B, C, V); single precision under autocast.
     """
     kernel = weight.shape[2:]
     small = [min(n, k) for n, k in zip(shape, kernel, strict=True)]
     conv = functional.conv3d if len(shape) == 3 else functional.conv2d
-    constant = vector.transpose(1, 2).unflatten(2, [1] * len(shape)).expand(-1, -1, *small)
-    out = conv(constant, weight.to(vector.dtype), bias.to(vector.dtype), padding=[k // 2 for k in kernel]).movedim(1, -1)
+    constant = vector.view(*vector.shape[:2], *[1] * len(shape)).expand(-1, -1, *small)
+    out = conv(constant, weight.to(vector.dtype), bias.to(vector.dtype), padding=[k // 2 for k in kernel])
     out = out if out.dtype == torch.float64 else out.float()
-    for axis, (n, k) in enumerate(zip(shape, kernel, strict=True), start=1):
+    for axis, (n, k) in enumerate(zip(shape, kernel, strict=True), start=2):
         voxel = torch.arange(n, device=vector.device)
         border = k // 2
         if n > k:  # border voxels keep their distance to the border, all others are the middle one
             voxel = voxel.clamp(max=border) + (voxel - (n - 1 - border)).clamp(min=0)
         out = out.index_select(axis, voxel)
-    return out.flatten(1, -2)
+    return out.flatten(2)
 
 
 def is_cheaper(num_values: int, num_voxels: int, in_channels: int) -> bool:

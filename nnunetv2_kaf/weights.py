@@ -24,8 +24,8 @@ from nnunetv2_kaf.unet import KAFUNet
 
 FORMAT = "nnunetv2_kaf.pretraining"
 FORMAT_VERSION = 1
-# what may differ between pretraining and fine-tuning, because no weight of the encoder depends on it: the decoder, voxel
-# size and number of keypoints (they follow the dataset and its patch), how activations are kept
+# what may differ between pretraining and fine-tuning, because no weight of the encoder depends on it: the decoder,
+# voxel size and number of keypoints (they follow the dataset and its patch), how activations are kept
 _NOT_ENCODER = (
     "n_conv_per_stage_decoder",
     "deep_supervision",

@@ -11,7 +11,7 @@ from torch.nn import functional
 from nnunetv2_kaf import sparse
 from nnunetv2_kaf.fusion import Diffusion
 
-# 2D and 3D, borders everywhere, maps of one voxel and thinner than a kernel, kernels that spare an axis or reach further
+# 2D and 3D, borders everywhere, maps of one voxel or thinner than a kernel, kernels that spare an axis or reach further
 MAPS = [
     ((6, 7), (3, 3)),
     ((1, 40), (3, 3)),
@@ -103,7 +103,7 @@ def test_bfloat16_autocast_is_within_its_tolerance(
         with torch.autocast("cpu", dtype=torch.bfloat16):
             halves.append(results(module, *inputs, shape))
     for ours, theirs, truth in zip(halves[1], halves[0], exact, strict=True):
-        # bfloat16 keeps 8 bits, 0.4 % a rounding, and a ReLU may flip: as far off as the dense form in bfloat16, at most
+        # bfloat16 keeps 8 bits, 0.4 % a rounding, and a ReLU may flip: about as far off as the dense form in bfloat16
         error, usual = (ours.float() - truth).norm(), (theirs.float() - truth).norm()
         assert error <= max(0.01 * truth.norm(), 1.5 * usual)
 
@@ -146,24 +146,24 @@ def test_gradcheck(shape: tuple[int, ...], kernel: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("shape", "kernel"), MAPS)
 def test_a_constant_map_is_convolved_as_the_dense_one(shape: tuple[int, ...], kernel: tuple[int, ...]) -> None:
     weight, bias = torch.randn(3, 4, *kernel, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    vector = torch.randn(2, 1, 4, dtype=torch.float64)
+    vector = torch.randn(2, 4, 1, dtype=torch.float64)
     conv = functional.conv3d if len(shape) == 3 else functional.conv2d
     full = vector.view(2, 4, *[1] * len(shape)).expand(2, 4, *shape)
     dense = conv(full, weight, bias, padding=[k // 2 for k in kernel])
-    torch.testing.assert_close(sparse.to_map(sparse.conv_constant(vector, shape, weight, bias), shape), dense)
+    torch.testing.assert_close(sparse.conv_constant(vector, shape, weight, bias), dense.flatten(2))
 
 
 def test_sites_are_the_distinct_voxels() -> None:
     target = torch.tensor([[7, 3, 7, 0, 9, 3], [1, 1, 1, 1, 1, 1]])
     inside = torch.tensor([[True, True, True, False, True, True], [False] * 6])
     sites = sparse.unique_sites(target, inside, num_voxels=10)
-    assert sorted(sites.index[0][sites.used[0]].tolist()) == [3, 7, 9]
+    assert sorted(sites.voxel[0][sites.used[0]].tolist()) == [3, 7, 9]
     assert not sites.used[1].any()
     for b, n in itertools.product(range(2), range(6)):
         slot = sites.slot[b, n]
         assert sites.used[b, slot] == inside[b, n]
         if inside[b, n]:
-            assert sites.index[b, slot] == target[b, n]
+            assert sites.voxel[b, slot] == target[b, n]
 
 
 def test_the_cheaper_form_is_chosen() -> None:
