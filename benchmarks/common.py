@@ -6,11 +6,13 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -120,3 +122,32 @@ def alternate(
             if step >= warmup:
                 seconds[name].append((end[0] - start[0], end[1] - start[1]))
     return seconds
+
+
+def stopwatch(device: torch.device) -> Callable[[], tuple[float, float]]:
+    """Return a clock for `alternate`: wall and processor seconds of this process, once the device has finished."""
+
+    def clock() -> tuple[float, float]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter(), time.process_time()
+
+    return clock
+
+
+def ratios(seconds: Mapping[str, Sequence[tuple[float, float]]], baseline: str) -> dict[str, dict[str, Any]]:
+    """Compare arms timed in alternation with one of them, round by round: the speed of a machine drifts.
+
+    Args:
+        seconds: of `alternate`.
+        baseline: the arm to compare with.
+
+    Returns:
+        By name, median and quartiles of the ratios of the wall seconds of one round.
+    """
+    out = {}
+    for name, times in seconds.items():
+        found = [one[0] / other[0] for one, other in zip(times, seconds[baseline], strict=True)]
+        low, middle, high = np.percentile(found, [25, 50, 75])
+        out[name] = {"median": round(float(middle), 4), "quartiles": [round(float(low), 4), round(float(high), 4)]}
+    return out

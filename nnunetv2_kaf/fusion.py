@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_kaf import sparse
 from nnunetv2_kaf.attention import PositionEncoding, SelfBlock, attention_mask
@@ -82,6 +83,18 @@ class Diffusion(nn.Module):
             out = torch.where(valid.any(dim=1).view(-1, 1, 1), out, 0.0)
         return _to_map(out if base is None else base + out.to(base.dtype), shape)
 
+    def kept_values(self, num_tokens: int, shape: Sequence[int]) -> int:
+        """What is kept for the backward pass, per sample; the output is not counted."""
+        num_voxels, taps = math.prod(shape), int(math.prod(self.spread.weight.shape[2:]))
+        hidden, dim = self.spread.weight.shape[:2]
+        scattered: int = 0 if self._use_sparse(self.spread, num_tokens, shape) else dim * num_voxels
+        if self.refine is None:
+            return scattered
+        if self._use_sparse(self.refine, num_tokens * taps, shape):
+            # values before and after the normalisation and the ReLU, at the sites; the sites' own neighbours
+            return min(num_tokens * taps, num_voxels + 1) * (6 * int(hidden) + 3 * taps)
+        return scattered + 2 * int(hidden) * num_voxels
+
     def _use_sparse(self, conv: Any, num_values: int, shape: Sequence[int]) -> bool:
         if self.evaluation == "auto":
             return sparse.is_cheaper(num_values, math.prod(shape), conv.in_channels)
@@ -149,6 +162,7 @@ class KAFLayer(nn.Module):
         super().__init__()
         dim = config.token_dim
         self.fusion = config.fusion
+        self.num_keypoints = config.num_keypoints
         self.stride = tuple(stride)
         self.spacing = tuple(spacing)
         self.project = nn.Linear(channels, dim)
@@ -183,19 +197,31 @@ class KAFLayer(nn.Module):
         coords = keypoints.coords.to(self.project.weight.dtype)
         positions = normalize_mm(coords, input_shape, self.spacing)
         tokens = self.project(gather(features, index)) + self.position(positions)
-        mask = attention_mask(keypoints.valid)
-        for block in self.blocks:
-            tokens = block(tokens, mask)
-        tokens = self.norm(tokens) * keypoints.valid.unsqueeze(-1)
+        tokens = self._attend(tokens, attention_mask(keypoints.valid)) * keypoints.valid.unsqueeze(-1)
         if self.fusion == "add":
             return self.diffusion(tokens, index, keypoints.valid, shape, onto=features), tokens
         diffused = self.diffusion(tokens, index, keypoints.valid, shape).to(features.dtype)
         return torch.cat((features, diffused), dim=1), tokens
 
+    def _attend(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(B, K, D) -> (B, K, D), through the blocks and the last normalisation."""
+        for block in self.blocks:
+            if torch.is_grad_enabled():
+                # Its activations are computed again in the backward pass: they are cheap to compute, but where patches
+                # are small they would be a large part of what is kept. Nothing in it is random.
+                tokens = checkpoint(block, tokens, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, mask)
+        out: Tensor = self.norm(tokens)
+        return out
+
     def compute_conv_feature_map_size(self, level_shape: Sequence[int]) -> int:
-        """Activations of the layer per sample, in values: nnU-Net's proxy for GPU memory."""
-        voxels = 1
-        for n in level_shape:
-            voxels *= int(n)
-        maps = sum(m.out_channels for m in self.diffusion.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
-        return voxels * maps
+        """What the layer keeps for the backward pass, per sample: nnU-Net's proxy for GPU memory.
+
+        nnU-Net counts the output of every convolution. Its networks keep about two values for each of them, because
+        those of normalisations and transposed convolutions are kept but not counted; so half of what is kept counts.
+        """
+        channels, shape = self.project.in_features, [int(n) for n in level_shape]
+        maps = math.prod(shape) * channels * (1 if self.fusion == "add" else 2)
+        tokens = self.num_keypoints * (channels + (len(self.blocks) + 3) * self.project.out_features)
+        return (maps + tokens + self.diffusion.kept_values(self.num_keypoints, shape)) // 2

@@ -49,7 +49,7 @@ def test_a_small_patch_gets_fewer_keypoints(plain_plans: Plans) -> None:
     plain_plans["configurations"]["small"] = {"inherits_from": "3d_fullres", "patch_size": [8, 16, 16]}
     plans = kaf_plans(plain_plans)
     found = {name: options(plans, name)["kaf"]["num_keypoints"] for name in ("2d", "3d_fullres", "small")}
-    assert found == {"2d": 56 * 40 // 32, "3d_fullres": 256, "small": 64}
+    assert found == {"2d": 35, "3d_fullres": 256, "small": 32}
     given = kaf_plans(plain_plans, KAFConfig(num_keypoints=100))
     assert options(given, "2d")["kaf"]["num_keypoints"] == 100, "a number that is given is kept"
 
@@ -78,11 +78,11 @@ def test_other_networks_are_left_alone_and_named(plain_plans: Plans) -> None:
     [
         ("2d", {"spacing": [1.0, 1.0]}, r"spacing \[1.5, 1.0\] differs from the configuration's \[1.0, 1.0\]"),
         ("2d", {"patch_size": [22, 40]}, r"patch \[22, 40\] cannot be pooled by \[4, 4\] in 3 stages"),
-        ("2d", {"patch_size": [4, 4]}, r"num_keypoints: found 30, more than the 16 voxels"),
+        ("2d", {"patch_size": [4, 4]}, r"num_keypoints: found 256, more than the 16 voxels"),
     ],
 )
 def test_what_cannot_run_is_named(configuration: str, change: Plans, message: str, plain_plans: Plans) -> None:
-    plans = kaf_plans(plain_plans)
+    plans = kaf_plans(plain_plans, KAFConfig())
     plans["configurations"][configuration].update(change)
     with pytest.raises(KAFError, match=message):
         check_configuration(plans, configuration)

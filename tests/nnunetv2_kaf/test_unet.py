@@ -229,8 +229,10 @@ def test_memory_estimate_counts_the_layers(build_kaf: Build, build_plain: Build)
     size = (8, 16, 24)
     plain = build_plain(3).compute_conv_feature_map_size(size)
     add = build_kaf(3, SMALL).compute_conv_feature_map_size(size)
-    # one map of C channels at each level: 4 at full resolution, 6 at (8, 8, 12)
-    assert add - plain == 4 * 8 * 16 * 24 + 6 * 8 * 8 * 12
+    # half of what is kept: at each level a map of C channels (4 at full resolution, 6 at (8, 8, 12)), per keypoint its
+    # feature vector and four tokens of 16
+    levels = ((4, 8 * 16 * 24), (6, 8 * 8 * 12))
+    assert add - plain == sum((channels * voxels + 12 * (channels + 4 * 16)) // 2 for channels, voxels in levels)
     assert build_kaf(3, CONCAT).compute_conv_feature_map_size(size) > add
 
 
