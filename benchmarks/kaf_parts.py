@@ -3,8 +3,7 @@
 The floors count, in float32, batch 1:
 
 - flops: of the products in linear layers, attention and convolutions; three times the forward pass where there is a
-  backward pass (output, gradient of the input, gradient of the weights), four times in the attention blocks, which are
-  computed again for it.
+  backward pass (output, gradient of the input, gradient of the weights).
 - bytes: inputs and outputs of the step once each (forward: features in, result out; backward: gradient in, gradient
   out); a map between two convolutions or normalisations five times (written and read; then its gradient written and
   read, and itself read again); weights three times (read twice, gradient written).
@@ -147,13 +146,11 @@ def layer_work(layer: KAFLayer, inputs: Inputs) -> Work:
     """Projection, position encoding, blocks and diffusion of one layer."""
     fused = CHANNELS * (1 if layer.fusion == "add" else 2)
     diffusion = diffusion_work(layer.diffusion, inputs.num_keypoints, inputs.voxels)
-    blocks = sum(linear_products(module) for module in layer.blocks.modules())
-    products = sum(linear_products(module) for module in layer.modules()) - blocks
+    products = sum(linear_products(module) for module in layer.modules())
     keypoints = inputs.num_keypoints
     # queries with keys and weights with values: K * K * D each
     attention = len(layer.blocks) * 4.0 * keypoints**2 * layer.project.out_features
-    # the blocks run forward twice
-    flops = 3 * 2.0 * keypoints * products + 4 * (2.0 * keypoints * blocks + attention) + diffusion.flops
+    flops = 3 * (2.0 * keypoints * products + attention) + diffusion.flops
     values = 2.0 * (CHANNELS + fused) * inputs.voxels + 3 * _weights(layer)
     return Work(FLOAT * values + diffusion.bytes, flops)
 

@@ -69,7 +69,10 @@ def _halved(stages: int, dims: int = 3) -> tuple[tuple[int, ...], ...]:
 
 CASES = {
     "Hippocampus 2d": Case(
-        Layout((40, 56, 40), _ISOTROPIC, (56, 40), 281, (32, 64, 128, 256), _halved(4, 2)), 3, 9, batch_dice=True
+        Layout((40, 56, 40), _ISOTROPIC, (56, 40), 281, (32, 64, 128, 256), _halved(4, 2)), 3, 281, batch_dice=True
+    ),
+    "Hippocampus 2d, few slices": Case(
+        Layout((40, 56, 40), _ISOTROPIC, (56, 40), 9, (32, 64, 128, 256), _halved(4, 2)), 3, 9, batch_dice=True
     ),
     "Hippocampus 3d_fullres": Case(
         Layout((40, 56, 40), _ISOTROPIC, (40, 56, 40), 7, (32, 64, 128, 256), _halved(4)), 3, 2, arms=WITH_PAPER

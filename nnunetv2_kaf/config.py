@@ -16,9 +16,9 @@ from typing import Any
 from nnunetv2_kaf.errors import KAFError
 
 FUSIONS = ("add", "concat")
-# A patch gets at most one keypoint per so many voxels. A slice of 56 x 40 voxels has about 100 extrema; slots beyond
-# them are masked, but cost as much as any other.
-VOXELS_PER_KEYPOINT = 64
+# A patch gets at most one keypoint per so many voxels, about the density of the paper's (350 on a slice of 50,000
+# pixels). On small slices 256 of them would cost more than the UNet.
+VOXELS_PER_KEYPOINT = 128
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class KAFConfig:
         return cls(**{**paper, **overrides})
 
     def for_patch(self, patch_size: Sequence[int]) -> KAFConfig:
-        """These layers with fewer keypoints where the patch is small: one per 64 voxels at most."""
+        """These layers with fewer keypoints where the patch is small: one per 128 voxels at most."""
         most = max(1, int(math.prod(patch_size)) // VOXELS_PER_KEYPOINT)
         return dataclasses.replace(self, num_keypoints=min(self.num_keypoints, most))
 

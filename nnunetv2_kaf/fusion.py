@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_kaf import sparse
 from nnunetv2_kaf.attention import PositionEncoding, SelfBlock, attention_mask
@@ -163,6 +162,10 @@ class KAFLayer(nn.Module):
         dim = config.token_dim
         self.fusion = config.fusion
         self.num_keypoints = config.num_keypoints
+        # Per token for the backward pass. A block keeps what its two normalisations, queries, keys, values, attention,
+        # output and two sums write (8 D), and its MLP before and after the activation.
+        self.kept_per_token = channels + round(dim * (3 + config.num_blocks * (8 + 2 * config.mlp_ratio)))
+        self.kept_per_token += 2 * sum(config.position_hidden)
         self.stride = tuple(stride)
         self.spacing = tuple(spacing)
         self.project = nn.Linear(channels, dim)
@@ -197,23 +200,14 @@ class KAFLayer(nn.Module):
         coords = keypoints.coords.to(self.project.weight.dtype)
         positions = normalize_mm(coords, input_shape, self.spacing)
         tokens = self.project(gather(features, index)) + self.position(positions)
-        tokens = self._attend(tokens, attention_mask(keypoints.valid)) * keypoints.valid.unsqueeze(-1)
+        mask = attention_mask(keypoints.valid)
+        for block in self.blocks:
+            tokens = block(tokens, mask)
+        tokens = self.norm(tokens) * keypoints.valid.unsqueeze(-1)
         if self.fusion == "add":
             return self.diffusion(tokens, index, keypoints.valid, shape, onto=features), tokens
         diffused = self.diffusion(tokens, index, keypoints.valid, shape).to(features.dtype)
         return torch.cat((features, diffused), dim=1), tokens
-
-    def _attend(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(B, K, D) -> (B, K, D), through the blocks and the last normalisation."""
-        for block in self.blocks:
-            if torch.is_grad_enabled():
-                # Its activations are computed again in the backward pass: they are cheap to compute, but where patches
-                # are small they would be a large part of what is kept. Nothing in it is random.
-                tokens = checkpoint(block, tokens, mask, use_reentrant=False, preserve_rng_state=False)
-            else:
-                tokens = block(tokens, mask)
-        out: Tensor = self.norm(tokens)
-        return out
 
     def compute_conv_feature_map_size(self, level_shape: Sequence[int]) -> int:
         """What the layer keeps for the backward pass, per sample: nnU-Net's proxy for GPU memory.
@@ -223,5 +217,6 @@ class KAFLayer(nn.Module):
         """
         channels, shape = self.project.in_features, [int(n) for n in level_shape]
         maps = math.prod(shape) * channels * (1 if self.fusion == "add" else 2)
-        tokens = self.num_keypoints * (channels + (len(self.blocks) + 3) * self.project.out_features)
-        return (maps + tokens + self.diffusion.kept_values(self.num_keypoints, shape)) // 2
+        return (
+            maps + self.num_keypoints * self.kept_per_token + self.diffusion.kept_values(self.num_keypoints, shape)
+        ) // 2

@@ -49,7 +49,7 @@ def test_a_small_patch_gets_fewer_keypoints(plain_plans: Plans) -> None:
     plain_plans["configurations"]["small"] = {"inherits_from": "3d_fullres", "patch_size": [8, 16, 16]}
     plans = kaf_plans(plain_plans)
     found = {name: options(plans, name)["kaf"]["num_keypoints"] for name in ("2d", "3d_fullres", "small")}
-    assert found == {"2d": 35, "3d_fullres": 256, "small": 32}
+    assert found == {"2d": 17, "3d_fullres": 256, "small": 16}
     given = kaf_plans(plain_plans, KAFConfig(num_keypoints=100))
     assert options(given, "2d")["kaf"]["num_keypoints"] == 100, "a number that is given is kept"
 

@@ -230,9 +230,9 @@ def test_memory_estimate_counts_the_layers(build_kaf: Build, build_plain: Build)
     plain = build_plain(3).compute_conv_feature_map_size(size)
     add = build_kaf(3, SMALL).compute_conv_feature_map_size(size)
     # half of what is kept: at each level a map of C channels (4 at full resolution, 6 at (8, 8, 12)), per keypoint its
-    # feature vector and four tokens of 16
+    # feature vector, the position encoding's hidden values and what the blocks keep of 15 tokens of 16
     levels = ((4, 8 * 16 * 24), (6, 8 * 8 * 12))
-    assert add - plain == sum((channels * voxels + 12 * (channels + 4 * 16)) // 2 for channels, voxels in levels)
+    assert add - plain == sum((channels * voxels + 12 * (channels + 16 + 15 * 16)) // 2 for channels, voxels in levels)
     assert build_kaf(3, CONCAT).compute_conv_feature_map_size(size) > add
 
 
