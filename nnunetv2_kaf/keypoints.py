@@ -105,7 +105,7 @@ class KeypointDetector(nn.Module):
         """Detect.
 
         Args:
-            image: (B, C, *S), any floating type; computed in float32.
+            image: (B, C, *S), any floating type; blurred in float32, on CUDA in float64.
 
         Returns:
             Keypoints of B samples; a sample's points depend on that sample alone.
@@ -115,10 +115,12 @@ class KeypointDetector(nn.Module):
         """
         self._check(image)
         batch, shape = image.shape[0], image.shape[2:]
-        # autocast would run the blur in half precision and move the extrema
+        # Extrema are small differences of blurred images: autocast would blur in half precision, and CUDA's convolutions
+        # of single precision in TF32, which has as few digits.
+        precision = torch.float64 if image.device.type == "cuda" else torch.float32
         with _no_autocast(image.device.type):
             # no indexing with a list: it would be copied to the device
-            channels = torch.stack([image[:, c] for c in self.channels], dim=1).float()
+            channels = torch.stack([image[:, c] for c in self.channels], dim=1).to(precision)
             score = self._scores(channels).flatten(1)
         score, index = torch.topk(score, self.num_keypoints, dim=1)
         valid = score > 0
@@ -132,8 +134,8 @@ class KeypointDetector(nn.Module):
     def _scores(self, channels: Tensor) -> Tensor:
         """(B, C, *S) -> (B, *S): response where a voxel is an extremum in space and scale, else 0."""
         spatial = list(range(2, channels.ndim))
-        deviation = channels.std(dim=spatial, keepdim=True, correction=0)
-        floor = channels.abs().amax(dim=spatial, keepdim=True) * _ROUNDING
+        deviation = channels.std(dim=spatial, keepdim=True, correction=0).float()
+        floor = channels.abs().amax(dim=spatial, keepdim=True).float() * _ROUNDING
         response = self._difference_of_gaussians(channels)
         lowest = torch.maximum(self.threshold * deviation, floor).unsqueeze(2)
         response = torch.where(response > lowest, response, 0.0)
@@ -154,7 +156,7 @@ class KeypointDetector(nn.Module):
                 blurred = _blur_axis(blurred, self.get_buffer(f"kernel_{i}_{axis}"), axis)
             levels.append(blurred)
         stack = torch.cat(levels, dim=1)
-        difference = (stack[:, 1:] - stack[:, :-1]).abs()
+        difference = (stack[:, 1:] - stack[:, :-1]).abs().float()
         return difference.view(*channels.shape[:2], *difference.shape[1:])
 
     def _check(self, image: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from dynamic_network_architectures.architectures.abstract_arch import test_submodules_loadable as submodules_loadable
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunetv2_kaf.config import KAFConfig
@@ -199,6 +200,17 @@ def test_nothing_makes_the_host_wait_for_the_device(
     with _Operators() as ran:
         torch.tensor([1.0, 2.0]).nonzero().sum().item()
     assert {"lift_fresh", "nonzero", "_local_scalar_dense"} <= ran.names, "the operators' names have changed"
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA")
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("config", [SMALL, PAPER], ids=["default", "paper"])
+def test_everything_is_on_the_device_of_the_image(ndim: int, config: KAFConfig, build_kaf: Build) -> None:
+    # tensors without content: CUDA's operators and their rules, without a CUDA device
+    with FakeTensorMode(), torch.device("cuda"):
+        network = build_kaf(ndim, config)
+        image = torch.randn(2, 1, *(16, 16, 24)[-ndim:])
+        assert network(image).device.type == "cuda"
 
 
 @pytest.mark.parametrize(("ndim", "backbone"), CASES)
