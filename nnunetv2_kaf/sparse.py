@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 # Adding one number to a map costs about as much as this many multiplications of a dense convolution.
-_SCATTER_COST = 120.0
+_SCATTER_COST = 90.0
 
 
 class Sites(NamedTuple):
