@@ -115,8 +115,8 @@ class KeypointDetector(nn.Module):
         """
         self._check(image)
         batch, shape = image.shape[0], image.shape[2:]
-        # Extrema are small differences of blurred images: autocast would blur in half precision, and CUDA's convolutions
-        # of single precision in TF32, which has as few digits.
+        # Extrema are small differences of blurred images: autocast would blur in half precision, and on CUDA a
+        # convolution of single precision uses TF32, which has as few digits.
         precision = torch.float64 if image.device.type == "cuda" else torch.float32
         with _no_autocast(image.device.type):
             # no indexing with a list: it would be copied to the device
