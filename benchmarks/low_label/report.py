@@ -1,0 +1,150 @@
+"""Tables of a task: Dice and distance by arm and number of labelled patients, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_kaf.errors import KAFError
+
+from . import stats
+from .config import ALL
+from .layout import read_json
+
+BASELINE = "plain"
+SEED = 0
+METRICS = {"dice": ("Dice", "{:.4f}", "{:+.4f}"), "hd95": ("HD95 (mm)", "{:.2f}", "{:+.2f}")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one number of labelled patients.
+
+    Attributes:
+        arm: its name.
+        labelled: number of patients, or "all".
+        draws: number of draws.
+        metrics: mean over patients, by metric.
+        spread: smallest and largest mean of a draw, by metric.
+        differences: to the baseline with the same number of labelled patients, by metric; empty for the baseline.
+        cost: means over the draws; None where a part is unknown.
+    """
+
+    arm: str
+    labelled: int | str
+    draws: int
+    metrics: Mapping[str, stats.Mean]
+    spread: Mapping[str, tuple[float, float]]
+    differences: Mapping[str, stats.Difference]
+    cost: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Runs of one task of one study, on validation or test patients."""
+
+    study: str
+    task: str
+    on: str
+    runs: tuple[Mapping[str, Any], ...]
+
+    def cells(self) -> list[Cell]:
+        """Return the rows of the table, by number of labelled patients, the baseline first."""
+        groups: dict[tuple[int | str, str], list[Mapping[str, Any]]] = {}
+        for run in self.runs:
+            groups.setdefault((run["labelled"], run["arm"]), []).append(run)
+        order = sorted(groups, key=lambda key: (key[0] == ALL, 0 if key[0] == ALL else key[0], key[1] != BASELINE))
+        return [_cell(groups[key], groups.get((key[0], BASELINE))) for key in order]
+
+
+def load(folder: Path, on: str, arms: Sequence[str] = ()) -> Results | None:
+    """Read the runs of a task.
+
+    Args:
+        folder: results of the task.
+        on: "validation" or "test".
+        arms: order of the arms; others follow.
+
+    Returns:
+        None if there are none.
+
+    Raises:
+        KAFError: runs of different settings or splits lie in the folder.
+    """
+    runs: list[Any] = [read_json(file) for file in sorted((folder / "runs" / on).glob("*.json"))]
+    if not runs:
+        return None
+    for key in ("study", "task", "split_sha256", "setting_sha256"):
+        found = {run[key]: f"{run['arm']}_M{run['labelled']}_draw{run['draw']}.json" for run in runs}
+        if len(found) > 1:
+            raise KAFError(
+                f"{folder / 'runs' / on}: found different values of {key} in {', '.join(found.values())}; numbers of "
+                "different settings never share a table. Move the files of one of them away."
+            )
+    order = {name: i for i, name in enumerate(arms)}
+    runs.sort(key=lambda run: (order.get(run["arm"], len(order)), run["draw"]))
+    return Results(runs[0]["study"], runs[0]["task"], on, tuple(runs))
+
+
+def _cell(runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]] | None) -> Cell:
+    rng = np.random.default_rng(SEED)
+    metrics, spread, differences = {}, {}, {}
+    for metric in METRICS:
+        values = stats.by_patient(runs, metric)
+        if not values:
+            continue
+        metrics[metric] = stats.mean(values, rng)
+        means = [float(np.mean(list(stats.by_patient([run], metric).values()))) for run in runs]
+        spread[metric] = (min(means), max(means))
+        if baseline is not None and runs[0]["arm"] != BASELINE:
+            # Only the draws that both have, so that the labelled patients are the same.
+            ours, theirs = ({run["draw"] for run in group} for group in (runs, baseline))
+            common = ours & theirs
+            pair = [
+                stats.by_patient([run for run in group if run["draw"] in common], metric) for group in (runs, baseline)
+            ]
+            if common:
+                differences[metric] = stats.difference(pair[0], pair[1], rng)
+    cost = {key: _average([run["cost"][key] for run in runs]) for key in runs[0]["cost"]}
+    return Cell(runs[0]["arm"], runs[0]["labelled"], len(runs), metrics, spread, differences, cost)
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Markdown table."""
+    header = ["labelled patients", "arm", "draws"]
+    for title, _, _ in METRICS.values():
+        header += [title, "draws from, to", f"{title}, difference to {BASELINE}", "p"]
+    header += ["training s", "pretraining s"]
+    rows = [header, ["---"] * len(header)]
+    for cell in cells:
+        row = [str(cell.labelled), f"`{cell.arm}`", str(cell.draws)]
+        for metric, (_, plain, signed) in METRICS.items():
+            row += _metric(cell, metric, plain, signed)
+        rows.append([*row, _seconds(cell.cost["training_seconds"]), _seconds(cell.cost["pretraining_seconds"])])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _metric(cell: Cell, metric: str, plain: str, signed: str) -> list[str]:
+    if metric not in cell.metrics:
+        return ["not defined", "", "", ""]
+    low, high = cell.spread[metric]
+    out = [_interval(cell.metrics[metric], plain), f"{plain.format(low)}, {plain.format(high)}"]
+    found = cell.differences.get(metric)
+    return [*out, "", ""] if found is None else [*out, _interval(found.mean, signed), f"{found.p:.3g}"]
+
+
+def _interval(mean: stats.Mean, style: str) -> str:
+    return f"{style.format(mean.value)} ({style.format(mean.low)} to {style.format(mean.high)})"
+
+
+def _seconds(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.0f}"

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from low_label import commands, config, grid, jobs, plans, splits, worker
+from low_label.layout import Layout, read_json
+from low_label.worker import Step
+
+from nnunetv2_kaf.errors import KAFError
+
+CONTENT = {
+    "comment": "c",
+    "device": "cpu",
+    "labelled": [2, "all"],
+    "draws": 2,
+    "epochs": 2,
+    "iterations": 3,
+    "pretraining": {"epochs": 4, "iterations": 5},
+    "pretraining_seeds": 2,
+    "tasks": {"heart": {"data": "Dataset001_Heart", "configuration": "2d", "validation_patients": 2}},
+    "arms": {
+        "plain": {"trainer": "plain"},
+        "plain_pcl": {"trainer": "plain", "pretraining": {"preset": "pcl"}},
+        "kaf": {"trainer": "kaf", "pretraining": {}},
+        "kaf_slow": {"trainer": "kaf", "pretraining": {}, "training": {"initial_lr": 0.001}},
+    },
+}
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps(CONTENT))
+    study = config.load(file)
+    layout = Layout(study, study.tasks[0], tmp_path / "work", tmp_path / "out")
+    layout.raw.mkdir(parents=True)
+    (layout.raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "a": 1}}))
+    return layout
+
+
+@pytest.fixture
+def split(layout: Layout) -> splits.Split:
+    return splits.draw([f"p{i:02d}" for i in range(10)], layout.study, layout.task)
+
+
+def step(tmp_path: Path, name: str, identity: str = "i") -> Step:
+    return Step(str(tmp_path / f"{name}.json"), identity, [name], str(tmp_path / name), {})
+
+
+class Fake:
+    """Stands for the commands: writes the product of a step; may fail or be killed."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.products = {s.command[0]: s.product for s in steps}
+        self.ran: list[str] = []
+        self.error: dict[str, BaseException] = {}
+
+    def __call__(self, words: Sequence[str]) -> None:
+        self.ran.append(words[0])
+        if words[0] in self.error:
+            raise self.error.pop(words[0])
+        Path(self.products[words[0]]).write_text("done")
+
+
+def test_finished_steps_are_not_repeated(tmp_path: Path) -> None:
+    steps = [step(tmp_path, "a"), step(tmp_path, "b")]
+    fake = Fake(steps)
+    fake.error["b"] = RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"):
+        worker.run_steps(steps, fake)
+    assert [worker.is_done(s) for s in steps] == [True, False]
+    worker.run_steps(steps, fake)
+    worker.run_steps(steps, fake)
+    assert fake.ran == ["a", "b", "b"]
+    assert worker.state(steps[1])["attempts"] == 2
+    assert worker.state(steps[1])["seconds"] is not None
+
+
+def test_seconds_of_a_killed_attempt_stay_unknown(tmp_path: Path) -> None:
+    one = step(tmp_path, "a")
+    killed = {"identity": "i", "attempts": 1, "done": False, "seconds": None}
+    Path(one.record).write_text(json.dumps(killed))
+    worker.run_steps([one], Fake([one]))
+    assert worker.state(one) == {**killed, "attempts": 2, "done": True}
+
+
+def test_a_lost_product_is_made_again_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
+    one = step(tmp_path, "a")
+    fake = Fake([one])
+    worker.run_steps([one], fake)
+    Path(one.product).unlink()
+    worker.run_steps([one], fake)
+    assert fake.ran == ["a", "a"]
+    Path(one.product).unlink()
+    with pytest.raises(SystemExit, match="a ended without"):
+        worker.run_steps([one], lambda words: None)
+
+
+def test_records_of_other_options_are_refused(tmp_path: Path) -> None:
+    one = step(tmp_path, "a")
+    worker.run_steps([one], Fake([one]))
+    with pytest.raises(KAFError, match="other options"):
+        worker.is_done(replace(one, identity="other"))
+
+
+def test_environment_of_a_step_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOW_LABEL_TEST", "before")
+    seen = []
+    one = replace(step(tmp_path, "a"), environment={"LOW_LABEL_TEST": "within"})
+
+    def command(words: Sequence[str]) -> None:
+        import os
+
+        seen.append(os.environ["LOW_LABEL_TEST"])
+        Path(one.product).write_text("")
+
+    worker.run_steps([one], command)
+    import os
+
+    assert (seen, os.environ["LOW_LABEL_TEST"]) == (["within"], "before")
+
+
+def arm(layout: Layout, name: str) -> config.Arm:
+    return next(arm for arm in layout.arms if arm.name == name)
+
+
+def test_a_training_starts_goes_on_or_only_validates(layout: Layout, split: splits.Split) -> None:
+    fold, pcl, kaf = split.folds[0], arm(layout, "plain_pcl"), arm(layout, "kaf")
+    fresh = commands.train(layout, pcl, fold, split)
+    assert fresh.command[:4] == ["nnUNetv2_train", "950", "2d", "0"]
+    assert fresh.command[-2:] == ["-pretrained_weights", str(layout.pretraining(pcl, fold) / "checkpoint_final.pth")]
+    assert "-pretrained_weights" not in commands.train(layout, kaf, fold, split).command
+    variable = commands.train(layout, kaf, fold, split).environment["KAF_PRETRAINED"]
+    assert variable == str(layout.pretraining(kaf, fold) / "checkpoint_final.pth")
+    folder = layout.fold_folder(pcl, fold)
+    folder.mkdir(parents=True)
+    for file, flag in (("checkpoint_latest.pth", "--c"), ("checkpoint_final.pth", "--val")):
+        (folder / file).write_text("")
+        command = commands.train(layout, pcl, fold, split).command
+        assert command[-1] == flag
+        assert "-pretrained_weights" not in command
+
+
+def test_equal_pretrainings_are_shared_and_leave_out_validation(layout: Layout, split: splits.Split) -> None:
+    made = grid.training_jobs(layout, split)
+    pretrainings = [job for job in made if job.name.startswith("pretrain_")]
+    # two networks, two seeds; kaf and kaf_slow differ in their training only
+    assert len(pretrainings) == 4
+    assert len(made) == 4 + 4 * 4
+    needs = {job.name: job.needs for job in made}
+    assert needs["kaf_M2_draw0"] == needs["kaf_slow_Mall_draw0"] != needs["kaf_M2_draw1"]
+    assert needs["plain_M2_draw0"] is None
+    command = pretrainings[0].steps()[0].command
+    fold = split.nnunet()[int(command[command.index("--fold") + 1])]
+    assert fold == {"train": split.cases_of(split.training), "val": split.cases_of(split.validation)}
+
+
+def fake_launch(fail: Sequence[str] = ()) -> tuple[Callable[..., int], list[str]]:
+    started: list[str] = []
+
+    def launch(job: jobs.Job, steps: Sequence[Step], threads: int) -> int:
+        started.append(job.name)
+        if job.name in fail:
+            return 1
+
+        def run(words: Sequence[str]) -> None:
+            product = Path(next(s.product for s in steps if s.command == list(words)))
+            product.parent.mkdir(parents=True, exist_ok=True)
+            measured = {"training_seconds": 1.5, "cases": {"p00": {"1": {"dice": 0.5, "hd95": 1.0}}}}
+            product.write_text(json.dumps(measured) if "measure" in words[0] else "{}")
+
+        worker.run_steps(steps, run)
+        return 0
+
+    return launch, started
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_failure_is_reported_and_the_others_go_on(layout: Layout, split: splits.Split, at_once: int) -> None:
+    made = grid.training_jobs(layout, split)
+    broken = next(job.needs for job in made if job.name == "kaf_M2_draw1")
+    assert broken is not None
+    launch, started = fake_launch([broken, "plain_Mall_draw0"])
+    failures = jobs.run_jobs(made, at_once, 1, launch)
+    assert len(failures) == 1 + 1 + 4
+    assert any(
+        f"heart/plain_Mall_draw0: ended with code 1; see {layout.log('plain_Mall_draw0')}" in f for f in failures
+    )
+    assert sum(f"not started, because {broken} failed" in f for f in failures) == 4
+    assert grid.finished(layout, "validation") == (11, 16)
+    launch, started = fake_launch()
+    assert jobs.run_jobs(grid.training_jobs(layout, split), at_once, 1, launch) == []
+    assert len(started) == 1 + 1 + 4
+    assert grid.finished(layout, "validation") == (16, 16)
+
+
+def test_a_run_says_what_it_was_and_what_it_cost(layout: Layout, split: splits.Split) -> None:
+    launch, _ = fake_launch()
+    jobs.run_jobs(grid.training_jobs(layout, split), 1, 1, launch)
+    run: dict[str, Any] = read_json(layout.run_file("validation", arm(layout, "kaf_slow"), "M2_draw1"))
+    assert (run["arm"], run["labelled"], run["draw"], run["fold"]) == ("kaf_slow", 2, 1, 1)
+    assert run["split_sha256"] == split.sha256()
+    assert run["definition"]["training"] == {"initial_lr": 0.001}
+    assert run["cost"]["training_iterations"] == 6
+    assert run["cost"]["pretraining_iterations"] == 20
+    assert run["cost"]["pretraining_seconds"] is not None
+    assert run["cases"] == {"p00": {"1": {"dice": 0.5, "hd95": 1.0}}}
+    slower = replace(arm(layout, "kaf_slow"), training={})
+    changed = replace(layout, study=replace(layout.study, arms=(slower,)))
+    with pytest.raises(KAFError, match="other options"):
+        grid.finished(changed, "validation")
+
+
+def test_the_test_set_is_opened_once_after_all_trainings(layout: Layout, split: splits.Split) -> None:
+    with pytest.raises(KAFError, match="lacks 16 trainings"):
+        grid.open_test(layout, split)
+    assert not layout.opened_file.exists()
+    launch, _ = fake_launch()
+    jobs.run_jobs(grid.training_jobs(layout, split), 1, 1, launch)
+    grid.open_test(layout, split)
+    marker = read_json(layout.opened_file)
+    assert len(marker["runs"]) == 16
+    launch, started = fake_launch()
+    for _ in range(2):
+        grid.open_test(layout, split)
+        assert jobs.run_jobs(grid.test_jobs(layout, split), 1, 1, launch) == []
+    assert len(started) == 16
+    assert read_json(layout.opened_file) == marker
+    later = replace(arm(layout, "plain"), name="later")
+    more = replace(layout, study=replace(layout.study, arms=(*layout.arms, later)))
+    with pytest.raises(KAFError, match=r"was opened on .* not among them: later_M2_draw0"):
+        grid.open_test(more, split)
+
+
+def test_a_work_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
+    with jobs.processes(tmp_path), pytest.raises(KAFError, match="in use"), jobs.processes(tmp_path):
+        pass
+    with jobs.processes(tmp_path):
+        pass
+
+
+def plan(**changes: Any) -> dict[str, Any]:
+    architecture = {"network_class_name": "a.PlainConvUNet", "arch_kwargs": {"strides": [[1, 1], [2, 2]]}}
+    block = {"data_identifier": "d", "patch_size": [8, 6], "batch_size": 50, "batch_dice": True}
+    return {"plans_name": "n", "configurations": {"2d": {**block, "architecture": architecture, **changes}}}
+
+
+def test_all_arms_get_one_batch_and_patch() -> None:
+    theirs = plan(patch_size=[16, 16], batch_size=3, batch_dice=False)
+    ours = plans.same_batch(theirs, plan(), "2d", 9)["configurations"]["2d"]
+    assert (ours["patch_size"], ours["batch_size"], ours["batch_dice"]) == ([8, 6], 9, True)
+    assert plans.same_batch(theirs, plan(), "2d", None)["configurations"]["2d"]["batch_size"] == 50
+    with pytest.raises(KAFError, match="data identifier"):
+        plans.same_batch(plan(data_identifier="e"), plan(), "2d", 9)
+    with pytest.raises(KAFError, match=r"pools by \[2, 2\].*patch \[8, 5\]"):
+        plans.same_batch(plan(), plan(patch_size=[8, 5]), "2d", 9)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from low_label import evidence, report
+
+from nnunetv2_kaf.errors import KAFError
+
+PATIENTS = ["p1", "p2", "p3", "p4", "p5"]
+
+
+def document(arm: str, labelled: int | str, draw: int, dice: list[float], **changes: Any) -> dict[str, Any]:
+    return {
+        "study": "cpu",
+        "task": "heart",
+        "on": "validation",
+        "arm": arm,
+        "labelled": labelled,
+        "draw": draw,
+        "patients": ["a", "b"],
+        "split_sha256": "s",
+        "setting_sha256": "t",
+        "setting": {
+            "epochs": 4,
+            "iterations": 25,
+            "task": {"data": "Dataset001_Heart", "configuration": "2d", "batch_size": 9, "downsample": 2},
+        },
+        "commit": "abc",
+        "machine": {"processor": "P", "cores": 2},
+        "versions": {"torch": "1", "nnunetv2": "2", "nnunetv2-kaf": "3"},
+        "cost": {
+            "training_seconds": 10.0 + draw,
+            "pretraining_seconds": None if arm == "kaf" else 0.0,
+            "pretraining_iterations": 30 if arm == "kaf" else 0,
+        },
+        "patient_of": {f"{p}_1": p for p in PATIENTS},
+        "cases": {f"{p}_1": {"1": {"dice": d, "hd95": 10 * d}} for p, d in zip(PATIENTS, dice, strict=True)},
+        **changes,
+    }
+
+
+def write(folder: Path, *documents: dict[str, Any]) -> Path:
+    for one in documents:
+        file = folder / one["study"] / one["task"] / "runs" / one["on"]
+        file.mkdir(parents=True, exist_ok=True)
+        (file / f"{one['arm']}_M{one['labelled']}_draw{one['draw']}.json").write_text(json.dumps(one))
+    return folder
+
+
+BASE = [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return write(
+        tmp_path / "results",
+        document("kaf", 2, 0, [d + 0.2 for d in BASE]),
+        document("kaf", 2, 1, [d + 0.4 for d in BASE]),
+        document("plain", 2, 0, [d + 0.1 for d in BASE]),
+        document("plain", 2, 1, BASE),
+        document("plain", "all", 0, BASE),
+        document("plain", 10, 0, BASE),
+    )
+
+
+def test_cells_average_draws_and_pair_with_the_baseline(results: Path) -> None:
+    found = report.load(results / "cpu" / "heart", "validation", ["plain", "kaf"])
+    assert found is not None
+    cells = found.cells()
+    assert [(c.labelled, c.arm) for c in cells] == [(2, "plain"), (2, "kaf"), (10, "plain"), ("all", "plain")]
+    plain, kaf = cells[:2]
+    assert plain.metrics["dice"].value == pytest.approx(0.35)
+    assert kaf.metrics["dice"].value == pytest.approx(0.6)
+    assert kaf.spread["dice"] == pytest.approx((0.5, 0.7))
+    # 0.1 in the first draw, 0.4 in the second, for every patient
+    difference = kaf.differences["dice"]
+    assert (difference.mean.value, difference.mean.low, difference.mean.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert plain.differences == {}
+    assert plain.cost == {"training_seconds": 10.5, "pretraining_seconds": 0.0, "pretraining_iterations": 0.0}
+    assert kaf.cost["pretraining_seconds"] is None
+
+
+def test_only_draws_that_both_have_are_paired(results: Path) -> None:
+    write(results, document("half", 2, 1, BASE))
+    found = report.load(results / "cpu" / "heart", "validation")
+    assert found is not None
+    half = next(cell for cell in found.cells() if cell.arm == "half")
+    assert half.differences["dice"].mean.value == pytest.approx(0.0)
+    assert half.differences["dice"].p == 1.0
+
+
+def test_table_has_the_numbers(results: Path) -> None:
+    found = report.load(results / "cpu" / "heart", "validation", ["plain", "kaf"])
+    assert found is not None
+    lines = report.table(found.cells()).splitlines()
+    assert len(lines) == 2 + 4
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| 2 | `plain` | 2 | 0.3500 (")
+    assert "| 0.5000, 0.7000 | +0.2500 (+0.2500 to +0.2500) | 0.0625 |" in lines[3]
+    assert lines[3].endswith("| 10 | unknown |")
+
+
+@pytest.mark.parametrize("key", ["split_sha256", "setting_sha256"])
+def test_different_settings_never_share_a_table(results: Path, key: str) -> None:
+    write(results, document("kaf", 2, 0, BASE, **{key: "other"}))
+    with pytest.raises(KAFError, match=rf"different values of {key} in .*kaf_M2_draw0\.json"):
+        report.load(results / "cpu" / "heart", "validation")
+
+
+def test_evidence_shows_each_study_by_itself_and_the_test_if_there_is_one(results: Path, tmp_path: Path) -> None:
+    write(results, document("plain", 2, 0, BASE, study="gpu", on="validation"))
+    write(results, document("plain", 2, 0, [0.9] * 5, study="gpu", on="test"))
+    page = tmp_path / "docs" / "evidence.md"
+    evidence.write_evidence(results, page)
+    text = page.read_text()
+    cpu, gpu = text.split("## ")[1:]
+    assert cpu.startswith("cpu: heart")
+    assert "**not a test result**" in cpu
+    assert "100 iterations with a batch of 9, pretraining of 30 iterations, last checkpoint" in cpu
+    assert "averaged over 2 x 2 voxels" in cpu
+    assert gpu.startswith("gpu: heart")
+    assert "5 test patients (5 cases), used once" in gpu
+    assert "0.9000" in gpu
+    assert "0.9000" not in cpu
+    for link in ("cpu/heart/validation_dice.png", "gpu/heart/test_hd95.png"):
+        assert f"(../results/{link})" in text
+        assert (results / link).stat().st_size > 0
+    before = text
+    evidence.write_evidence(results, page)
+    assert page.read_text() == before
+
+
+def test_without_results_the_page_says_so(tmp_path: Path) -> None:
+    evidence.write_evidence(tmp_path / "nothing", tmp_path / "evidence.md")
+    assert "Not measured yet." in (tmp_path / "evidence.md").read_text()
