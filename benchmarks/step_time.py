@@ -11,7 +11,7 @@ are medians of the ratios within a round, because the speed of a machine drifts.
 planned unless ``--planned-batch`` is given.
 
 The results are written after each case. Cases that are not measured this time stay in the file, if machine, versions,
-source and setting are the same as now; otherwise the run stops before it measures anything.
+source and setting are the same as now; otherwise a copy of the file is kept and the table begins anew.
 
 On Linux, memory that the C library hands back to the system between steps costs every network time on a CPU. It is kept
 with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 in front of the command.
@@ -24,9 +24,11 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +132,18 @@ def read_document(path: Path) -> dict[str, Any]:
 def section_of(document: dict[str, Any], own: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the part of a document that holds the device's results; it is made if there is none.
 
-    Raises:
-        SystemExit: it holds numbers that must not stand beside new ones.
+    Numbers of different conditions do not go into one table: if the part holds such, a copy of the file is kept, and
+    the part begins anew.
     """
     device = own["machine"]["device"]
     section: Any = document["devices"][device]
-    if section == NOT_MEASURED:
-        section = document["devices"][device] = {**own, "cases": {}}
-    differing = [key for key in own if section[key] != own[key]]
+    differing = [] if section == NOT_MEASURED else [key for key in own if section[key] != own[key]]
     if differing:
-        raise SystemExit(
-            f"--out {path}: holds {device} results with {[section[key] for key in differing]}, now it would be "
-            f"{[own[key] for key in differing]} ({', '.join(differing)}). Numbers of different conditions do not go "
-            "into one table: move the file away, or write to another one with --out."
-        )
+        kept = next(k for i in count(1) if not (k := path.with_name(f"{path.stem}.earlier{i}.json")).exists())
+        shutil.copyfile(path, kept)
+        LOGGER.warning("%s holds results with another %s; they are kept in %s", path, ", ".join(differing), kept)
+    if differing or section == NOT_MEASURED:
+        section = document["devices"][device] = {**own, "cases": {}}
     found: dict[str, Any] = section
     return found
 

@@ -87,16 +87,21 @@ def test_an_interrupted_run_keeps_the_cases_before(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("key", ["machine", "versions", "setting"])
-def test_numbers_of_other_conditions_are_not_mixed(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_of_other_conditions_are_kept_apart(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "result.json"
     step_time.run(arguments(out, ["huge"]), CASES)
     document = json.loads(out.read_text())
     document["devices"]["cpu"][key]["torch_threads" if key == "setting" else "other"] = 99
     out.write_text(json.dumps(document))
-    monkeypatch.setattr(step_time, "measure", lambda *_: pytest.fail("measured before it stopped"))
-    with pytest.raises(SystemExit, match=rf"result\.json.*\({key}\).*--out"):
-        step_time.run(arguments(out, ["flat"]), CASES)
-    assert json.loads(out.read_text()) == document
+    monkeypatch.setattr(step_time, "measure", lambda *_: {"arms": {}, "patch_size": [1, 1]})
+    step_time.run(arguments(out, ["flat"]), CASES)
+    assert json.loads((tmp_path / "result.earlier1.json").read_text()) == document
+    now = json.loads(out.read_text())["devices"]["cpu"]
+    assert list(now["cases"]) == ["flat"], "huge was measured under other conditions"
+    assert now[key] != document["devices"]["cpu"][key]
+    step_time.run(arguments(out, ["huge"]), CASES)
+    assert list(json.loads(out.read_text())["devices"]["cpu"]["cases"]) == ["flat", "huge"]
+    assert not (tmp_path / "result.earlier2.json").exists()
 
 
 def test_numbers_of_another_device_stay(tmp_path: Path) -> None:
