@@ -134,7 +134,7 @@ def test_paper_preset_runs_with_one_level(build_kaf: Build, random_image: Build)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
-@pytest.mark.parametrize("config", [SMALL, CONCAT, PAPER], ids=["add", "concat", "paper"])
+@pytest.mark.parametrize("config", [SMALL, PAPER], ids=["add", "paper"])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_graph_breaks(
     ndim: int, config: KAFConfig, training: bool, build_kaf: Build, random_image: Build, randomize: Build
