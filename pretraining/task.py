@@ -58,8 +58,12 @@ class Task:
     @property
     def layers(self) -> KAFConfig:
         """Return the options of the KAF layers; with a plain network the defaults, for the detection of keypoints."""
-        arguments = resolve_configuration(self.plans, self.configuration)["architecture"]["arch_kwargs"]
-        return KAFConfig.from_dict({"detection_channels": list(range(self.channels)), **arguments.get("kaf", {})})
+        resolved = resolve_configuration(self.plans, self.configuration)
+        block = resolved["architecture"]["arch_kwargs"].get("kaf")
+        if block is None:
+            default = KAFConfig(detection_channels=tuple(range(self.channels)))
+            return default.for_patch(resolved["patch_size"])
+        return KAFConfig.from_dict({"detection_channels": list(range(self.channels)), **block})
 
     @property
     def folder(self) -> Path:
