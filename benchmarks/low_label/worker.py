@@ -83,14 +83,16 @@ def run_steps(steps: Sequence[Step], run: Callable[[Sequence[str]], None]) -> No
         _write(unfinished, step.record)
         sys.stdout.write(f"\n$ {' '.join(step.command)}\n")
         sys.stdout.flush()
-        before = dict(os.environ)
+        before = {name: os.environ.get(name) for name in step.environment}
         os.environ.update(step.environment)
         start = time.perf_counter()
         try:
             run(step.command)
         finally:
-            os.environ.clear()
-            os.environ.update(before)
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
             seconds = time.perf_counter() - start
             total = None if record["seconds"] is None else round(record["seconds"] + seconds, 1)
             _write({**unfinished, "seconds": total}, step.record)
