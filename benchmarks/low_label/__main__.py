@@ -25,7 +25,8 @@ differ from nnU-Net's and ours in their length and seeds (`trainers.py` says wha
 pretraining through nnU-Net's `-pretrained_weights`, which also takes the untrained decoder of the file; a KAF network
 through `KAF_PRETRAINED`, encoder only.
 
-**Config.** One JSON file; a mistake is reported with its key. `labelled`, `draws`, `epochs` x `iterations`; `tasks`: a
+**Config.** One JSON file; a mistake is reported with its key. `labelled`, `draws`, `epochs` x `iterations`,
+`mirror_predictions` (false: no test-time augmentation, for speed); `tasks`: a
 raw dataset, its configuration, `batch_size`, `downsample` in the plane, `validation_patients`, `patient_pattern`;
 `arms`, each with
 

@@ -66,6 +66,7 @@ _STUDY = {
     "validation_iterations": whole(1, 2),
     "augmentation_processes": whole(0, 0),
     "compile": Rule((bool,), "true or false", default=False),
+    "mirror_predictions": Rule((bool,), "true or false", default=True),
     "training": _OBJECT,
     "pretraining": _OBJECT,
     "pretraining_seeds": whole(1, 1),
@@ -125,6 +126,7 @@ class Study:
     validation_iterations: int
     augmentation_processes: int
     compile: bool
+    mirror_predictions: bool
     pretraining_seeds: int
     tasks: tuple[Task, ...]
     arms: tuple[Arm, ...]
@@ -132,7 +134,7 @@ class Study:
     def setting(self, task: Task) -> dict[str, Any]:
         """Return what all runs of a table have in common, JSON types."""
         names = ("device", "seed", "test_share", "epochs", "iterations", "validation_iterations")
-        more = ("augmentation_processes", "compile")
+        more = ("augmentation_processes", "compile", "mirror_predictions")
         task_keys = ("name", *_TASK)
         return {**{n: getattr(self, n) for n in names + more}, "task": {n: getattr(task, n) for n in task_keys}}
 

@@ -107,6 +107,7 @@ def _who(results: report.Results) -> str:
 def _what(setting: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
     task = setting["task"]
     smaller = f", images averaged over {task['downsample']} x {task['downsample']} voxels" * (task["downsample"] > 1)
+    mirrored = "" if setting["mirror_predictions"] else ", predictions without mirroring"
     batch = "the planned batch" if task["batch_size"] is None else f"a batch of {task['batch_size']}"
     machines = sorted({_machine(run["machine"]) for run in runs})
     packages = ("torch", "nnunetv2", "nnunetv2-kaf")
@@ -117,8 +118,8 @@ def _what(setting: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
     pretraining = f", pretraining of {' or '.join(map(str, lengths))} iterations" if lengths else ""
     return (
         f"{task['data']}, `{task['configuration']}`{smaller}; {iterations} iterations with "
-        f"{batch}{pretraining}, last checkpoint; {len(runs)} trainings. {'; '.join(machines)}; {'; '.join(versions)}; "
-        f"commit {', '.join(commits)}."
+        f"{batch}{pretraining}, last checkpoint{mirrored}; {len(runs)} trainings. {'; '.join(machines)}; "
+        f"{'; '.join(versions)}; commit {', '.join(commits)}."
     )
 
 

@@ -81,6 +81,7 @@ def prepare(layout: Layout, data: Path, threads: int, launch: Launch) -> Split:
         "epochs": study.epochs,
         "iterations": study.iterations,
         "validation_iterations": study.validation_iterations,
+        "mirror_predictions": study.mirror_predictions,
         "seeds": tuple(study.seed + fold.draw for fold in split.folds),
     }
     classes = {layout.trainer_name(arm): (arm.trainer, dict(arm.training)) for arm in layout.arms}

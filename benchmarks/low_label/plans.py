@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnunetv2_kaf.config import KAFConfig
@@ -24,14 +24,20 @@ def planned(planner: str) -> str:
 
 def write(layout: Layout) -> None:
     """Write the plans of every arm next to nnU-Net's."""
-    plain = _read(layout, PLANNER)
+    plain, configuration = _read(layout, PLANNER), layout.task.configuration
     for arm in layout.arms:
-        plans = same_batch(_read(layout, arm.planner), plain, layout.task.configuration, layout.task.batch_size)
+        plans = same_batch(_read(layout, arm.planner), plain, configuration, layout.task.batch_size)
         if arm.trainer == "kaf":
-            plans = kaf_plans(plans, KAFConfig.from_dict(arm.kaf))
+            plans = kaf_plans(plans, kaf_config(arm.kaf, resolve_configuration(plain, configuration)["patch_size"]))
         name = layout.plans_name(arm)
         plans = {**plans, "plans_name": name}
         (layout.preprocessed / f"{name}.json").write_text(json.dumps(plans, indent=2) + "\n")
+
+
+def kaf_config(options: Mapping[str, Any], patch_size: Sequence[int]) -> KAFConfig:
+    """Return the layers of an arm: its options; as many keypoints as suit the patch, unless it says how many."""
+    config = KAFConfig.from_dict(options)
+    return config if "num_keypoints" in options else config.for_patch(patch_size)
 
 
 def same_batch(

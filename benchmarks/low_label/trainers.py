@@ -28,6 +28,7 @@ class Study:
     validation_iterations: ClassVar[int]
     attributes: ClassVar[Mapping[str, float]] = {}
     warmup_epochs: ClassVar[int | None] = None
+    mirror_predictions: ClassVar[bool] = True
     seeds: ClassVar[tuple[int, ...]]
 
     def __init__(
@@ -61,6 +62,13 @@ class Study:
             peak: float = self.initial_lr  # type: ignore[attr-defined]
             schedule = WarmupPolyLRScheduler(optimizer, peak, self.num_epochs, self.warmup_epochs)
         return optimizer, schedule
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802  # nnU-Net's
+        """Return nnU-Net's augmentation; the checkpoint says whether predictions are averaged over mirrored images."""
+        out: tuple[Any, ...] = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()  # type: ignore[misc]
+        if not self.mirror_predictions:
+            self.inference_allowed_mirroring_axes = None
+        return out
 
     def on_train_epoch_start(self) -> None:
         """Seed the batches of the epoch."""

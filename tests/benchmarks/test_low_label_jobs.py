@@ -259,3 +259,8 @@ def test_all_arms_get_one_batch_and_patch() -> None:
         plans.same_batch(plan(data_identifier="e"), plan(), "2d", 9)
     with pytest.raises(KAFError, match=r"pools by \[2, 2\].*patch \[8, 5\]"):
         plans.same_batch(plan(), plan(patch_size=[8, 5]), "2d", 9)
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, 17), ({"num_keypoints": 64}, 64), ({"num_blocks": 1}, 17)])
+def test_keypoints_suit_the_patch_unless_the_arm_says_how_many(options: dict[str, int], expected: int) -> None:
+    assert plans.kaf_config(options, [56, 40]).num_keypoints == expected

@@ -26,7 +26,13 @@ def document(arm: str, labelled: int | str, draw: int, dice: list[float], **chan
         "setting": {
             "epochs": 4,
             "iterations": 25,
-            "task": {"data": "Dataset001_Heart", "configuration": "2d", "batch_size": 9, "downsample": 2},
+            "mirror_predictions": False,
+            "task": {
+                "data": "Dataset001_Heart",
+                "configuration": "2d",
+                "batch_size": 9,
+                "downsample": 2,
+            },
         },
         "commit": "abc",
         "machine": {"processor": "P", "cores": 2},

@@ -20,11 +20,17 @@ class Base:
         self.current_epoch, self.saved, self.drawn = 0, [], []
         self.logger = SimpleNamespace(plot_progress_png=self.drawn.append)
 
+        self.inference_allowed_mirroring_axes: tuple[int, ...] | None = None
+
     def initialize(self) -> None:
         self.weights = torch.randn(3)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, str]:
         return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], self.initial_lr), "nnU-Net's schedule"
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[str, tuple[int, ...]]:
+        self.inference_allowed_mirroring_axes = (0, 1)
+        return "rotation", (0, 1)
 
     def on_train_epoch_start(self) -> None: ...
 
@@ -86,6 +92,16 @@ def test_only_length_and_the_named_attributes_change() -> None:
         schedule.step(epoch)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.25, 0.5 * (1 - 1 / 3) ** 0.9])
+
+
+@pytest.mark.parametrize(("mirrored", "axes"), [(True, (0, 1)), (False, None)])
+def test_predictions_without_mirroring_are_trained_with_it(mirrored: bool, axes: tuple[int, ...] | None) -> None:
+    class Plain(Short):
+        mirror_predictions = mirrored
+
+    trainer = short(kind=Plain)
+    assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size() == ("rotation", (0, 1))
+    assert trainer.inference_allowed_mirroring_axes == axes
 
 
 def test_best_checkpoints_are_not_kept_and_curves_drawn_once() -> None:
