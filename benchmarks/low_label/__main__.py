@@ -32,9 +32,12 @@ raw dataset, its configuration, `batch_size`, `downsample` in the plane, `valida
 
 - `trainer`: plain, kaf or primus (3D only); `planner`: another planner of nnU-Net, such as nnUNetPlannerResEncM;
 - `kaf`: options of the plans' kaf block; `pretraining`: options of kaf-pretrain, `preset` among them, or null;
-- `training`: initial_lr, weight_decay, oversample_foreground_percent, warmup_epochs; `tasks`: these only.
+- `training`: initial_lr, weight_decay, oversample_foreground_percent, warmup_epochs;
+- `tasks`, `labelled`: these only; `note`: what was concluded, for the table.
 
-`training` and `pretraining` of the file hold for all arms, an arm's own values win. A further trial is one more arm.
+`training` and `pretraining` of the file hold for all arms, an arm's own values win. All arms are compared with
+`baseline` (an arm; plain if there is none). With another one than plain, the table has one line per trial and says in
+what it differs from the baseline.
 
 **Results** are in `benchmarks/results/low_label/<config>/<task>/`: one JSON per run with every case, `splits.json`,
 `validation.md` and `test.md`, figures, and `test_opened.json`, which records that the test set has been used. After
@@ -179,8 +182,8 @@ def _overview(layout: Layout, on: str) -> str:
     }
     names = ", ".join(arm.name for arm in layout.arms)
     return (
-        f"{study.name}, {layout.task.name}: {len(layout.arms)} arms ({names}) x labelled "
-        f"{', '.join(map(str, study.labelled))} x {study.draws} draws = {runs} trainings of "
+        f"{study.name}, {layout.task.name}: {len(layout.arms)} arms ({names}), labelled "
+        f"{', '.join(map(str, study.labelled))}, {study.draws} draws: {runs} trainings of "
         f"{study.epochs * study.iterations} iterations, {len(pretrainings)} pretrainings; measured on {on} patients: "
         f"{finished}"
     )

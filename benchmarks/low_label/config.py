@@ -53,7 +53,10 @@ _ARM = {
     "pretraining": Rule((dict, type(None)), "an object with options of kaf-pretrain, or null", default=None),
     "training": _OBJECT,
     "tasks": Rule((list, type(None)), "names of tasks, or null for all", default=None),
+    "labelled": Rule((list, type(None)), "some of the study's numbers of patients, or null for all", default=None),
+    "note": Rule((str,), "text for the table", default=""),
 }
+_NOT_OF_A_RUN = ("tasks", "labelled", "note")
 _STUDY = {
     "comment": Rule((str,), "text: what it is for, and what it costs"),
     "device": Rule((str,), "cpu, cuda or mps", lambda v: v in ("cpu", "cuda", "mps")),
@@ -70,6 +73,7 @@ _STUDY = {
     "training": _OBJECT,
     "pretraining": _OBJECT,
     "pretraining_seeds": whole(1, 1),
+    "baseline": Rule((str,), "the name of an arm", default="plain"),
     "tasks": Rule((dict,), "an object of tasks", bool),
     "arms": Rule((dict,), "an object of arms", bool),
 }
@@ -99,6 +103,8 @@ class Arm:
     pretraining: Mapping[str, Any] | None
     training: Mapping[str, Any]
     tasks: tuple[str, ...]
+    labelled: tuple[int | str, ...]
+    note: str
 
     @property
     def network(self) -> str:
@@ -106,8 +112,8 @@ class Arm:
         return "kaf" if self.trainer == "kaf" else "plain"
 
     def definition(self) -> dict[str, Any]:
-        """What decides about a run: JSON types, without the name and the tasks."""
-        return {key: getattr(self, key) for key in _ARM if key != "tasks"}
+        """What decides about a run: JSON types, without the name, and where it takes part."""
+        return {key: getattr(self, key) for key in _ARM if key not in _NOT_OF_A_RUN}
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ class Study:
     compile: bool
     mirror_predictions: bool
     pretraining_seeds: int
+    baseline: str
     tasks: tuple[Task, ...]
     arms: tuple[Arm, ...]
 
@@ -171,6 +178,9 @@ def _study(name: str, content: Any) -> Study:
         numbers = [m for m in block["labelled"] if m != ALL]
         if numbers != sorted(numbers):
             raise KAFError(f"labelled: found {block['labelled']}, expected ascending numbers. Sort them.")
+    if block["baseline"] not in block["arms"]:
+        found = f"found {block['baseline']!r}, expected one of {', '.join(block['arms'])}"
+        raise KAFError(f"baseline: {found}: the arm that all others are compared with. Correct it.")
     merged = {k: v for k, v in block.items() if k not in ("training", "pretraining", "tasks", "arms", "labelled")}
     return Study(name=name, labelled=tuple(block["labelled"]), tasks=tasks, arms=arms, **merged)
 
@@ -187,6 +197,11 @@ def _arm(name: str, content: Any, study: Mapping[str, Any], tasks: tuple[Task, .
     if block["tasks"] is not None and not set(block["tasks"]) <= set(known):
         raise KAFError(f"{where}tasks: found {block['tasks']}, expected some of {known}.")
     block["tasks"] = tuple(known if block["tasks"] is None else block["tasks"])
+    every = study["labelled"]
+    own = every if block["labelled"] is None else block["labelled"]
+    if not own or any(number not in every for number in own):
+        raise KAFError(f"{where}labelled: found {own}, expected some of {every}.")
+    block["labelled"] = tuple(number for number in every if number in own)
     if block["trainer"] == "primus":
         flat = [task.name for task in tasks if task.name in block["tasks"] and task.configuration == "2d"]
         if flat or block["pretraining"] is not None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import figures, report
+from . import figures, report, targets
 from .config import Study
+from .layout import read_json
+from .targets import PLAIN
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
 HEADER = """# Segmentation with few labelled patients
@@ -30,7 +33,32 @@ case of every run. How it was measured, and the command that repeats it: the hea
 """
 
 
-def write_task(folder: Path, arms: Sequence[str]) -> list[Path]:
+@dataclass(frozen=True)
+class Told:
+    """What the config of a study says about its tables.
+
+    Attributes:
+        comment: text.
+        arms: their order.
+        baseline: arm that the others are compared with.
+        notes: conclusions, by arm.
+    """
+
+    comment: str
+    arms: tuple[str, ...]
+    baseline: str
+    notes: Mapping[str, str]
+
+
+def told(study: str) -> Told:
+    """Read the committed config of a study; of another one nothing is known."""
+    content = read_json(Path(__file__).with_name(f"{study}.json")) or {}
+    arms = content.get("arms", {})
+    notes = {name: arm["note"] for name, arm in arms.items() if "note" in arm}
+    return Told(content.get("comment", ""), tuple(arms), content.get("baseline", PLAIN), notes)
+
+
+def write_task(folder: Path, arms: Sequence[str], baseline: str) -> list[Path]:
     """Write table and figures of a task next to its runs.
 
     Returns:
@@ -38,7 +66,7 @@ def write_task(folder: Path, arms: Sequence[str]) -> list[Path]:
     """
     written = []
     for on in ("validation", "test"):
-        results = report.load(folder, on, arms)
+        results = report.load(folder, on, arms, baseline)
         if results is None:
             continue
         cells = results.cells()
@@ -46,7 +74,7 @@ def write_task(folder: Path, arms: Sequence[str]) -> list[Path]:
             title = f"{results.task}, {on} patients"
             figures.draw(cells, title, folder / f"{on}_{metric}.png", metric)
         table = folder / f"{on}.md"
-        table.write_text(report.table(cells) + "\n")
+        table.write_text(report.table(cells, baseline) + "\n")
         written.append(table)
     return written
 
@@ -54,41 +82,74 @@ def write_task(folder: Path, arms: Sequence[str]) -> list[Path]:
 def write_study(study: Study, out: Path) -> list[Path]:
     """Write table and figures of all tasks of a study."""
     arms = [arm.name for arm in study.arms]
-    return [path for task in study.tasks for path in write_task(out / study.name / task.name, arms)]
+    folders = [out / study.name / task.name for task in study.tasks]
+    return [path for folder in folders for path in write_task(folder, arms, study.baseline)]
 
 
 def write_evidence(out: Path, target: Path) -> None:
-    """Write the page; a task is shown on its test patients once they were used, otherwise on those for validation."""
-    parts = [HEADER]
-    for folder in sorted({file.parents[2] for file in out.glob("*/*/runs/*/*.json")}):
-        results = report.load(folder, "test") or report.load(folder, "validation")
-        if results is None:
-            continue
-        arms = list(dict.fromkeys(run["arm"] for run in _configured(results, folder)))
-        results = report.load(folder, results.on, arms) or results
-        write_task(folder, arms)
-        parts.append(section(results, Path(os.path.relpath(folder, target.parent))))
-    if len(parts) == 1:
-        parts.append("Not measured yet.\n")
+    """Write the page, and the tables and figures that it shows."""
+    for folder in _folders(out):
+        study = told(folder.parent.name)
+        write_task(folder, study.arms, study.baseline)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join(parts))
+    target.write_text(page(out, target))
 
 
-def section(results: report.Results, folder: Path) -> str:
-    """Describe one task: what was run, the table, the figures."""
+def page(out: Path, target: Path) -> str:
+    """Compose the page; a task is shown on its test patients once they were used, otherwise on those for validation.
+
+    Args:
+        out: folder of the results.
+        target: where the page will lie, for its links.
+    """
+    parts = [HEADER]
+    for folder in _folders(out):
+        study = told(folder.parent.name)
+        found = [report.load(folder, on, study.arms, study.baseline) for on in ("test", "validation")]
+        results = found[0] or found[1]
+        if results is not None:
+            parts.append(section(results, study, Path(os.path.relpath(folder, target.parent))))
+    parts += [f"## {name}\n\nNot measured yet. {told(name).comment}\n" for name in _unmeasured(out)]
+    return "\n".join(parts)
+
+
+def _folders(out: Path) -> list[Path]:
+    """Results of all tasks, those of the studies with a test before those of trials."""
+    found = {file.parents[2] for file in out.glob("*/*/runs/*/*.json")}
+    return sorted(found, key=lambda folder: (told(folder.parent.name).baseline != PLAIN, folder))
+
+
+def _unmeasured(out: Path) -> list[str]:
+    """Committed studies that have no results; the smallest one only tries the machinery."""
+    names = {file.stem for file in Path(__file__).parent.glob("*.json")} - {"smoke"}
+    return sorted(name for name in names if not any((out / name).glob("*/runs/*/*.json")))
+
+
+def section(results: report.Results, study: Told, folder: Path) -> str:
+    """Describe one task: what was run, the table, the targets, the figures."""
     first = results.runs[0]
     setting, cells = first["setting"], results.cells()
+    if results.baseline == PLAIN:
+        tables = [report.table(cells, results.baseline), ""]
+        pretrained = list(dict.fromkeys(run["arm"] for run in results.runs if run["definition"]["pretraining"]))
+        if results.on == "test":
+            tables += [targets.table(cells, pretrained), ""]
+        links = [
+            f"![{title}]({folder.as_posix()}/{results.on}_{metric}.png)"
+            for metric, (title, _, _) in report.METRICS.items()
+        ]
+        tables += [*links, ""]
+    else:
+        tables = [report.trials(results, study.notes), ""]
     return "\n".join(
         [
             f"## {results.study}: {results.task}",
             "",
+            *([study.comment, ""] if study.comment else []),
             _who(results),
             _what(setting, results.runs),
             "",
-            report.table(cells),
-            "",
-            *(f"![{title}]({folder.as_posix()}/{results.on}_{m}.png)" for m, (title, _, _) in report.METRICS.items()),
-            "",
+            *tables,
         ]
     )
 
@@ -126,12 +187,3 @@ def _what(setting: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
 def _machine(machine: Mapping[str, Any]) -> str:
     accelerator = f", {machine['accelerator']}" if "accelerator" in machine else ""
     return f"{machine['processor']}, {machine['cores']} cores{accelerator}"
-
-
-def _configured(results: report.Results, folder: Path) -> Sequence[Mapping[str, Any]]:
-    """Runs in the order of the config, if it is among ours; otherwise as they are."""
-    config = Path(__file__).with_name(f"{results.study}.json")
-    from .layout import read_json
-
-    order = {name: i for i, name in enumerate((read_json(config) or {}).get("arms", {}))}
-    return sorted(results.runs, key=lambda run: order.get(run["arm"], len(order)))

@@ -35,7 +35,7 @@ def finished(layout: Layout, on: str) -> tuple[int, int]:
     """
     study, there, names = layout.study, 0, 0
     for arm in layout.arms:
-        for name in fold_names(study):
+        for name in fold_names(study, arm.labelled):
             file, names = layout.run_file(on, arm, name), names + 1
             run = read_json(file)
             if run is None:
@@ -93,22 +93,21 @@ def training_jobs(layout: Layout, split: Split) -> list[Job]:
     """Return the pretrainings, and the trainings with their validation."""
     pretrainings: dict[str, Job] = {}
     runs = []
-    for fold in split.folds:
-        for arm in layout.arms:
-            needs = None
-            if arm.pretraining is not None:
-                needs = f"pretrain_{layout.pretraining(arm, fold).name}"
-                steps = functools.partial(_pretraining, layout, arm, fold, split)
-                pretrainings.setdefault(needs, Job(needs, layout, steps))
-            runs.append(
-                Job(
-                    f"{arm.name}_{fold.name}",
-                    layout,
-                    functools.partial(_training, layout, arm, fold, split),
-                    needs,
-                    functools.partial(write_run, layout, "validation", arm, fold, split),
-                )
+    for arm, fold in layout.runs(split):
+        needs = None
+        if arm.pretraining is not None:
+            needs = f"pretrain_{layout.pretraining(arm, fold).name}"
+            steps = functools.partial(_pretraining, layout, arm, fold, split)
+            pretrainings.setdefault(needs, Job(needs, layout, steps))
+        runs.append(
+            Job(
+                f"{arm.name}_{fold.name}",
+                layout,
+                functools.partial(_training, layout, arm, fold, split),
+                needs,
+                functools.partial(write_run, layout, "validation", arm, fold, split),
             )
+        )
     return [*pretrainings.values(), *runs]
 
 
@@ -121,8 +120,7 @@ def test_jobs(layout: Layout, split: Split) -> list[Job]:
             functools.partial(_testing, layout, arm, fold, split),
             finish=functools.partial(write_run, layout, "test", arm, fold, split),
         )
-        for arm in layout.arms
-        for fold in split.folds
+        for arm, fold in layout.runs(split)
     ]
 
 
@@ -133,14 +131,11 @@ def open_test(layout: Layout, split: Split) -> None:
         KAFError: a training is missing, or the test set was opened for other runs.
     """
     runs = {
-        f"{arm.name}_{fold.name}": commands.run_identity(layout, arm, fold, split)
-        for arm in layout.arms
-        for fold in split.folds
+        f"{arm.name}_{fold.name}": commands.run_identity(layout, arm, fold, split) for arm, fold in layout.runs(split)
     }
     missing = [
         f"{arm.name}_{fold.name}"
-        for arm in layout.arms
-        for fold in split.folds
+        for arm, fold in layout.runs(split)
         if not is_done(commands.train(layout, arm, fold, split))
     ]
     opened = read_json(layout.opened_file)

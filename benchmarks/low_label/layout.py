@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Arm, Study, Task, digest
-from .splits import Fold
+from .splits import Fold, Split
 
 NUMBER = "950"
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "low_label"
@@ -36,6 +36,10 @@ class Layout:
     def arms(self) -> tuple[Arm, ...]:
         """Arms of this task."""
         return tuple(arm for arm in self.study.arms if self.task.name in arm.tasks)
+
+    def runs(self, split: Split) -> list[tuple[Arm, Fold]]:
+        """Trainings of this task, those with few labelled patients first."""
+        return [(arm, fold) for fold in split.folds for arm in self.arms if fold.labelled in arm.labelled]
 
     @property
     def scratch(self) -> Path:

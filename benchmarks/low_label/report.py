@@ -15,7 +15,6 @@ from . import stats
 from .config import ALL
 from .layout import read_json
 
-BASELINE = "plain"
 SEED = 0
 METRICS = {"dice": ("Dice", "{:.4f}", "{:+.4f}"), "hd95": ("HD95 (mm)", "{:.2f}", "{:+.2f}")}
 
@@ -51,23 +50,25 @@ class Results:
     task: str
     on: str
     runs: tuple[Mapping[str, Any], ...]
+    baseline: str
 
     def cells(self) -> list[Cell]:
         """Return the rows of the table, by number of labelled patients, the baseline first."""
         groups: dict[tuple[int | str, str], list[Mapping[str, Any]]] = {}
         for run in self.runs:
             groups.setdefault((run["labelled"], run["arm"]), []).append(run)
-        order = sorted(groups, key=lambda key: (key[0] == ALL, 0 if key[0] == ALL else key[0], key[1] != BASELINE))
-        return [_cell(groups[key], groups.get((key[0], BASELINE))) for key in order]
+        order = sorted(groups, key=lambda key: (key[0] == ALL, 0 if key[0] == ALL else key[0], key[1] != self.baseline))
+        return [_cell(groups[key], groups.get((key[0], self.baseline))) for key in order]
 
 
-def load(folder: Path, on: str, arms: Sequence[str] = ()) -> Results | None:
+def load(folder: Path, on: str, arms: Sequence[str] = (), baseline: str = "plain") -> Results | None:
     """Read the runs of a task.
 
     Args:
         folder: results of the task.
         on: "validation" or "test".
         arms: order of the arms; others follow.
+        baseline: arm that the others are compared with.
 
     Returns:
         None if there are none.
@@ -87,7 +88,7 @@ def load(folder: Path, on: str, arms: Sequence[str] = ()) -> Results | None:
             )
     order = {name: i for i, name in enumerate(arms)}
     runs.sort(key=lambda run: (order.get(run["arm"], len(order)), run["draw"]))
-    return Results(runs[0]["study"], runs[0]["task"], on, tuple(runs))
+    return Results(runs[0]["study"], runs[0]["task"], on, tuple(runs), baseline)
 
 
 def _cell(runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]] | None) -> Cell:
@@ -100,7 +101,7 @@ def _cell(runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any
         metrics[metric] = stats.mean(values, rng)
         means = [float(np.mean(list(stats.by_patient([run], metric).values()))) for run in runs]
         spread[metric] = (min(means), max(means))
-        if baseline is not None and runs[0]["arm"] != BASELINE:
+        if baseline is not None and runs[0]["arm"] != baseline[0]["arm"]:
             # Only the draws that both have, so that the labelled patients are the same.
             ours, theirs = ({run["draw"] for run in group} for group in (runs, baseline))
             common = ours & theirs
@@ -118,19 +119,65 @@ def _average(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def table(cells: Sequence[Cell]) -> str:
-    """Markdown table."""
+def table(cells: Sequence[Cell], baseline: str) -> str:
+    """Markdown table of all numbers."""
     header = ["labelled patients", "arm", "draws"]
     for title, _, _ in METRICS.values():
-        header += [title, "draws from, to", f"{title}, difference to {BASELINE}", "p"]
+        header += [title, "draws from, to", f"{title}, difference to {baseline}", "p"]
     header += ["training s", "pretraining s"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for cell in cells:
         row = [str(cell.labelled), f"`{cell.arm}`", str(cell.draws)]
         for metric, (_, plain, signed) in METRICS.items():
             row += _metric(cell, metric, plain, signed)
         rows.append([*row, _seconds(cell.cost["training_seconds"]), _seconds(cell.cost["pretraining_seconds"])])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(header, rows)
+
+
+def trials(results: Results, notes: Mapping[str, str]) -> str:
+    """Markdown table of trials: one line for each, with what it changes in the baseline.
+
+    Args:
+        results: of a study whose arms differ from its baseline in one thing each.
+        notes: what was concluded, by arm.
+    """
+    definitions = {run["arm"]: run["definition"] for run in results.runs}
+    own = definitions.get(results.baseline, {})
+    _, plain, signed = METRICS["dice"]
+    rows = []
+    for cell in results.cells():
+        found = cell.differences.get("dice")
+        difference = ["", ""] if found is None else [_interval(found.mean, signed), f"{found.p:.3g}"]
+        changed = "; ".join(changes(own, definitions[cell.arm])) or "the baseline"
+        dice = _interval(cell.metrics["dice"], plain) if "dice" in cell.metrics else "not defined"
+        rows.append([str(cell.labelled), f"`{cell.arm}`", changed, dice, *difference, notes.get(cell.arm, "")])
+    header = ["labelled patients", "trial", "what differs", "Dice", f"difference to {results.baseline}", "p"]
+    return markdown([*header, "conclusion"], rows)
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Say in what one definition of an arm differs from another; an option that is not given has its default."""
+    out = []
+    for key in dict.fromkeys([*before, *after]):
+        ours, theirs = before.get(key), after.get(key)
+        if ours == theirs:
+            continue
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            for name in dict.fromkeys([*ours, *theirs]):
+                if ours.get(name) != theirs.get(name):
+                    out.append(f"{key} `{name}`: {ours.get(name, 'default')} to {theirs.get(name, 'default')}")
+        else:
+            out.append(f"{key}: {_word(ours)} to {_word(theirs)}")
+    return out
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else "some" if isinstance(value, Mapping) else str(value)
 
 
 def _metric(cell: Cell, metric: str, plain: str, signed: str) -> list[str]:

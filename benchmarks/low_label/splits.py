@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,9 @@ def fold_name(labelled: int | str, draw: int) -> str:
     return f"M{labelled}_draw{draw}"
 
 
-def fold_names(study: Study) -> list[str]:
-    """Names of all folds of a study."""
-    return [fold_name(number, k) for number in study.labelled for k in range(study.draws)]
+def fold_names(study: Study, labelled: Sequence[int | str]) -> list[str]:
+    """Names of the folds of a study with some numbers of labelled patients."""
+    return [fold_name(number, k) for number in labelled for k in range(study.draws)]
 
 
 @dataclass(frozen=True)

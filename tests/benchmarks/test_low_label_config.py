@@ -38,7 +38,7 @@ def load(tmp_path: Path, change: Callable[[dict[str, Any]], object] = lambda blo
     return config.load(file)
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "smoke"])
+@pytest.mark.parametrize("name", ["cpu", "cpu_acdc", "gpu", "smoke", "levers_cpu"])
 def test_committed_configs_are_valid_and_have_the_baseline(name: str) -> None:
     study = config.load(FOLDER / f"{name}.json")
     assert study.name == name
@@ -77,6 +77,9 @@ def test_common_values_are_merged_and_an_arms_own_win(tmp_path: Path) -> None:
         (lambda b: b["training"].update(warmup_epochs=0.5), r"training\.warmup_epochs: found 0\.5"),
         (lambda b: b["arms"]["primus"].update(tasks=None), r"arms\.primus\.trainer: .*2d"),
         (lambda b: b["arms"]["primus"].update(tasks=["wide"]), r"arms\.primus\.tasks: .*wide"),
+        (lambda b: b["arms"]["kaf"].update(labelled=[6]), r"arms\.kaf\.labelled: found \[6\], expected some of \[2, "),
+        (lambda b: b["arms"]["kaf"].update(labelled=[]), r"arms\.kaf\.labelled: found \[\]"),
+        (lambda b: b.update(baseline="kafka"), "baseline: found 'kafka', expected one of plain, kaf, primus"),
         (lambda b: b["arms"].update({"a b": {"trainer": "plain"}}), r"arms\.a b: expected a name"),
     ],
 )

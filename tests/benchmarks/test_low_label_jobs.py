@@ -160,6 +160,18 @@ def test_equal_pretrainings_are_shared_and_leave_out_validation(layout: Layout, 
     assert fold == {"train": split.cases_of(split.training), "val": split.cases_of(split.validation)}
 
 
+def test_an_arm_may_take_part_with_some_numbers_of_patients_only(layout: Layout, split: splits.Split) -> None:
+    kaf = replace(arm(layout, "kaf"), labelled=("all",))
+    fewer = replace(layout, study=replace(layout.study, arms=(arm(layout, "plain"), kaf)))
+    names = [f"{one.name}_{fold.name}" for one, fold in fewer.runs(split)]
+    assert names == [
+        "plain_M2_draw0",
+        "plain_M2_draw1",
+        *(f"{n}_Mall_draw{k}" for k in (0, 1) for n in ("plain", "kaf")),
+    ]
+    assert grid.finished(fewer, "validation") == (0, 6)
+
+
 def fake_launch(fail: Sequence[str] = ()) -> tuple[Callable[..., int], list[str]]:
     started: list[str] = []
 

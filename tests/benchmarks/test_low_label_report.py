@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from low_label import evidence, report
+from low_label import evidence, report, targets
+from low_label.layout import RESULTS
 
 from nnunetv2_kaf.errors import KAFError
 
@@ -18,6 +19,7 @@ def document(arm: str, labelled: int | str, draw: int, dice: list[float], **chan
         "task": "heart",
         "on": "validation",
         "arm": arm,
+        "definition": {"pretraining": {"preset": "kaf"} if arm.startswith("kaf_all") else None, "kaf": {}},
         "labelled": labelled,
         "draw": draw,
         "patients": ["a", "b"],
@@ -101,7 +103,7 @@ def test_only_draws_that_both_have_are_paired(results: Path) -> None:
 def test_table_has_the_numbers(results: Path) -> None:
     found = report.load(results / "cpu" / "heart", "validation", ["plain", "kaf"])
     assert found is not None
-    lines = report.table(found.cells()).splitlines()
+    lines = report.table(found.cells(), "plain").splitlines()
     assert len(lines) == 2 + 4
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| 2 | `plain` | 2 | 0.3500 (")
@@ -122,7 +124,8 @@ def test_evidence_shows_each_study_by_itself_and_the_test_if_there_is_one(result
     page = tmp_path / "docs" / "evidence.md"
     evidence.write_evidence(results, page)
     text = page.read_text()
-    cpu, gpu = text.split("## ")[1:]
+    cpu, gpu, *unmeasured = text.split("## ")[1:]
+    assert all("Not measured yet." in part for part in unmeasured)
     assert cpu.startswith("cpu: heart")
     assert "**not a test result**" in cpu
     assert "100 iterations with a batch of 9, pretraining of 30 iterations, last checkpoint" in cpu
@@ -142,3 +145,53 @@ def test_evidence_shows_each_study_by_itself_and_the_test_if_there_is_one(result
 def test_without_results_the_page_says_so(tmp_path: Path) -> None:
     evidence.write_evidence(tmp_path / "nothing", tmp_path / "evidence.md")
     assert "Not measured yet." in (tmp_path / "evidence.md").read_text()
+
+
+def test_trials_are_compared_with_their_baseline_and_say_what_they_change(tmp_path: Path) -> None:
+    own = {"pretraining": {"epochs": 5}, "kaf": {}, "training": {"initial_lr": 0.1}, "planner": "P"}
+    longer = {**own, "pretraining": {"epochs": 9}, "kaf": {"num_blocks": 1}}
+    scratch = {**own, "pretraining": None, "planner": "Q"}
+    write(
+        tmp_path,
+        document("kaf_all", 2, 0, BASE, definition=own),
+        document("longer", 2, 0, [d + 0.1 for d in BASE], definition=longer),
+        document("scratch", 2, 0, BASE, definition=scratch),
+    )
+    found = report.load(tmp_path / "cpu" / "heart", "validation", (), "kaf_all")
+    assert found is not None
+    header, _, first, second, third = report.trials(found, {"longer": "kept"}).splitlines()
+    assert "difference to kaf_all" in header
+    assert first.startswith("| 2 | `kaf_all` | the baseline | 0.3000 (")
+    assert "| pretraining `epochs`: 5 to 9; kaf `num_blocks`: default to 1 |" in second
+    assert "| +0.1000 (+0.1000 to +0.1000) | 0.0625 | kept |" in second
+    assert "| pretraining: some to none; planner: P to Q |" in third
+    assert third.endswith("| 1 |  |")
+
+
+def test_targets_are_held_against_the_means(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        document("plain", 2, 0, BASE),
+        document("kaf_all", 2, 0, [d + 0.05 for d in BASE]),
+        document("kaf_all_but_one", 2, 0, [d + 0.06 for d in BASE]),
+        document("kaf_scratch", 2, 0, [d - 0.01 for d in BASE]),
+        document("plain", "all", 0, BASE),
+        document("kaf_all", "all", 0, [d - 0.002 for d in BASE]),
+    )
+    found = report.load(tmp_path / "cpu" / "heart", "validation")
+    assert found is not None
+    lines = targets.table(found.cells(), ["kaf_all", "kaf_all_but_one"]).splitlines()[2:]
+    assert lines == [
+        "| `kaf_all` minus `plain`, 2 labelled: at least +0.030 | +0.0500 | yes |",
+        "| `kaf_all` minus `plain`, 6 labelled: at least +0.015 | not measured | not measured |",
+        "| `kaf_all` minus `plain`, all labelled: at least -0.003 | -0.0020 | yes |",
+        "| `kaf_all` above every other pretrained arm, 2 labelled | -0.0100 to the best of them, `kaf_all_but_one` "
+        "| **no** |",
+        "| `kaf_all` above every other pretrained arm, 6 labelled | not measured | not measured |",
+        "| `kaf_scratch` not below `plain`, 2 labelled | -0.0100 | **no** |",
+        "| `kaf_scratch` not below `plain`, all labelled | not measured | not measured |",
+    ]
+
+
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    assert evidence.EVIDENCE.read_text() == evidence.page(RESULTS, evidence.EVIDENCE)

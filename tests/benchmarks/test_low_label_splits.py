@@ -52,7 +52,7 @@ def test_draws_are_nested_and_differ(study: config.Study) -> None:
         assert folds[f"M2_draw{k}"] < folds[f"M6_draw{k}"] < folds[f"Mall_draw{k}"]
         assert len(folds[f"Mall_draw{k}"]) == 10
     assert len({tuple(sorted(folds[f"M6_draw{k}"])) for k in range(3)}) == 3
-    assert list(folds) == splits.fold_names(study)
+    assert list(folds) == splits.fold_names(study, study.labelled)
 
 
 def test_same_seed_same_split_whatever_the_order_of_files(study: config.Study) -> None:
