@@ -47,6 +47,11 @@ def write_json(document: Any, path: Path) -> None:
     path.write_text(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}

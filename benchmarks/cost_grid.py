@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, stopwatch
+from common import alternate, markdown, stopwatch
 from kaf_parts import diffusion_work
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,11 +123,11 @@ def summarise_grid(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def grid_table(grid: Mapping[str, Any], most: int = 12) -> str:
     """Markdown table of the points where "auto" loses most."""
     header = ["D", "H", "C", "map", "keypoints", "sparse (ms)", "dense (ms)", "auto (ms)", "auto picks", "auto / best"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for row in sorted(grid["rows"], key=lambda row: float(row["loss"]), reverse=True)[:most]:
         seconds = {**row["seconds"], "auto": row["loss"] * min(row["seconds"].values())}
         size = " x ".join(map(str, row["shape"]))
         widths = [str(row["D"]), str(row["H"] or "-"), str(row["C"]), size, str(row["keypoints"])]
         times = [f"{1000 * seconds[name]:.2f}" for name in ("sparse", "dense", "auto")]
         rows.append([*widths, *times, row["auto"], f"{row['loss']:.2f}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(header, rows)

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, load_average, machine, ratios, stopwatch, write_json
+from common import alternate, load_average, machine, markdown, ratios, stopwatch, write_json
 from predictions import command, draw_cases, in_process, plan
 from untrained import TRAINERS, write_model
 
@@ -153,7 +153,7 @@ def summarise(seconds: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str,
 def table(document: Mapping[str, Any]) -> str:
     """Markdown table: seconds and ratio of each kind of time."""
     header = ["data", "configuration", "cases", *(f"{title}: plain, KAF, ratio" for title in KINDS.values())]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for result in document["results"]:
         row = [result["data"], f"`{result['configuration']}`", str(len(result["cases"]))]
         for kind in KINDS:
@@ -164,7 +164,7 @@ def table(document: Mapping[str, Any]) -> str:
             plain, kaf = found["plain"]["seconds"], found["kaf"]["seconds"]
             row.append(f"{plain:.2f} s, {kaf:.2f} s, **{found['ratio']['median']:.2f}**")
         rows.append(row)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(header, rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import load_average, machine, write_json
+from common import load_average, machine, markdown, write_json
 
 from nnunetv2_kaf.files import versions
 from nnunetv2_kaf.weights import read_checkpoint
@@ -202,7 +202,7 @@ def table(document: Mapping[str, Any]) -> str:
         "uniformity",
         "effective rank",
     ]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for one in document["runs"]:
         metrics = one["metrics"]
         rows.append(
@@ -216,7 +216,7 @@ def table(document: Mapping[str, Any]) -> str:
                 change(metrics["effective_rank"], ".1f"),
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(header, rows)
 
 
 def change(values: Mapping[str, float | None], style: str, factor: float = 1.0) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, environment, load_average, machine, one_core, write_json
+from common import alternate, environment, load_average, machine, markdown, one_core, write_json
 from gpu_busy import SHARE, train
 from synthetic import DATASET, Layout, write_dataset
 
@@ -248,7 +248,7 @@ def keypoints_and_matches(loader: PairLoader, pair: Pair, controls: Sequence[np.
 def table(document: Mapping[str, Any]) -> str:
     """Markdown table of the results: pairs per second, and the share of time that the GPU is busy."""
     header = ["configuration", "view", "keypoints per view", "matches per pair", *ARMS.values(), "GPU busy"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for name, result in document["pipeline"].items():
         training = document["share_of_time_that_the_gpu_is_busy"]["results"][name]
         rows.append(
@@ -261,7 +261,7 @@ def table(document: Mapping[str, Any]) -> str:
                 training if isinstance(training, str) else f"{100 * training['busy']:.0f} %",
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(header, rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, load_average, machine, stopwatch, write_json
+from common import alternate, load_average, machine, markdown, stopwatch, write_json
 from cost_grid import grid_table, measure_grid, summarise_grid
 from kaf_parts import PARTS, Inputs, build
 from limits import Work, best_limits, machine_limits
@@ -224,11 +224,11 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], sweep: str) -> str:
     """One row per size, one column per part: milliseconds, times its floor, peak memory."""
     cells = {(row["edge"], row["keypoints"], row["part"]): _cell(row) for row in rows if row["sweep"] == sweep}
     parts = [part for part in PARTS if any(key[2] == part for key in cells)]
-    lines = [["patch", "K", *(f"{PARTS[part]}: ms (x floor), MiB" for part in parts)]]
-    lines.append(["---"] * len(lines[0]))
+    header = ["patch", "K", *(f"{PARTS[part]}: ms (x floor), MiB" for part in parts)]
+    lines = []
     for edge, keypoints in dict.fromkeys(key[:2] for key in cells):
         lines.append([f"{edge}^3", str(keypoints), *(cells.get((edge, keypoints, part), "") for part in parts)])
-    return _markdown(lines)
+    return markdown(header, lines)
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -239,16 +239,13 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 def exponent_table(found: Sequence[Mapping[str, Any]]) -> str:
     """One row per part and sweep."""
-    lines = [["part", "against", "range", "time", "memory", "last step", "time there", "memory there"], ["---"] * 8]
+    header = ["part", "against", "range", "time", "memory", "last step", "time there", "memory there"]
+    lines = []
     for one in found:
         ranges = [f"{low} to {high}" for low, high in (one["range"], one["last_step"])]
         fits = [[f"{one[q][key]:.2f}" for q in QUANTITIES] for key in ("exponent", "exponent_of_last_step")]
         lines.append([PARTS[one["part"]], SWEEPS[one["sweep"]], ranges[0], *fits[0], ranges[1], *fits[1]])
-    return _markdown(lines)
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(header, lines)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from common import markdown
 
 TARGETS = {
     "cpu": {"step 3d": 1.25, "step 2d": 1.35, "memory": 1.20, "paper sparse/dense 64^3": 0.35, "detection": 0.03},
@@ -33,7 +35,7 @@ def _measured(document: Mapping[str, Any]) -> str:
                 continue
             batch = f"{case['batch_size']} ({case['planned_batch_size']})"
             rows += [[title, name, batch, *_arm(arm, one)] for arm, one in case["arms"].items()]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def _arm(name: str, arm: Mapping[str, Any]) -> list[str]:
@@ -64,7 +66,7 @@ def _targets(document: Mapping[str, Any]) -> str:
                 rows.append(
                     [title, target, f"{limit:.2f}", case, f"{value:.3f}", "met" if value <= limit else "not met"]
                 )
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def findings(target: str, cases: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -87,7 +89,3 @@ def _cases(document: Mapping[str, Any], device: str) -> Mapping[str, Any]:
     section = document["devices"][device]
     cases: Mapping[str, Any] = {} if section == NOT_MEASURED else section["cases"]
     return cases
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])

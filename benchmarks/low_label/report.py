@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import markdown
 
 from nnunetv2_kaf.errors import KAFError
 
@@ -169,11 +170,6 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         else:
             out.append(f"{key}: {_word(ours)} to {_word(theirs)}")
     return out
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 def _word(value: Any) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from common import markdown
+
 from .config import ALL
-from .report import Cell, markdown
+from .report import Cell
 
 PLAIN, SCRATCH, PRETRAINED = "plain", "kaf_scratch", "kaf_all"
 GAINS: dict[int | str, float] = {2: 0.03, 6: 0.015, ALL: -0.003}
