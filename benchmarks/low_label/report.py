@@ -156,6 +156,23 @@ def trials(results: Results, notes: Mapping[str, str]) -> str:
     return markdown([*header, "conclusion"], rows)
 
 
+def summary(cells: Sequence[Cell], arms: Sequence[str]) -> str:
+    """Markdown table of the Dice of some arms, a line for each number of labelled patients.
+
+    Args:
+        cells: of one task; the difference is that of the last arm to the baseline.
+        arms: columns.
+    """
+    _, plain, signed = METRICS["dice"]
+    found = {(cell.labelled, cell.arm): cell for cell in cells}
+    rows = []
+    for labelled in dict.fromkeys(cell.labelled for cell in cells):
+        own = [found[labelled, arm] for arm in arms]
+        difference = _interval(own[-1].differences["dice"].mean, signed)
+        rows.append([str(labelled), *(plain.format(cell.metrics["dice"].value) for cell in own), difference])
+    return markdown(["labelled patients", *(f"`{arm}`" for arm in arms), "difference (95 % interval)"], rows)
+
+
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Say in what one definition of an arm differs from another; an option that is not given has its default."""
     out = []
