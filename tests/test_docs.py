@@ -27,7 +27,7 @@ OF_OTHERS = {
     | {"--signal", "--requeue", "--open-mode"},
     "pip": {"--target"},
     "tensorboard": {"--logdir"},
-    "benchmarks": {"--arms", "--cost-grid", "--data", "--device", "--work"},
+    "benchmarks": {"--arms", "--config", "--cost-grid", "--data", "--device", "--jobs", "--report", "--work"},
 }
 
 

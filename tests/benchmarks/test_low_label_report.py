@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from low_label import evidence, report, targets
+from low_label.evidence import EVIDENCE
 from low_label.layout import RESULTS
 
 from nnunetv2_kaf.errors import KAFError
@@ -195,3 +196,31 @@ def test_targets_are_held_against_the_means(tmp_path: Path) -> None:
 
 def test_the_committed_page_is_that_of_the_committed_results() -> None:
     assert evidence.EVIDENCE.read_text() == evidence.page(RESULTS, evidence.EVIDENCE)
+
+
+README = EVIDENCE.parents[1] / "README.md"
+
+
+def test_the_readme_has_the_test_results_of_the_cpu_study() -> None:
+    (folder,) = (RESULTS / "cpu").glob("*")
+    study = evidence.told("cpu")
+    found = report.load(folder, "test", study.arms, study.baseline)
+    if found is None:
+        pytest.skip("the CPU study has not been measured on its test patients yet")
+    table = report.summary(found.cells(), ["plain", "kaf_scratch", "kaf_all"])
+    assert f"<!-- table: low_label -->\n\n{table}\n\n" in README.read_text()
+
+
+def test_no_trial_is_clearly_better_than_the_defaults() -> None:
+    for folder in sorted((RESULTS / "levers_cpu").glob("*")):
+        study = evidence.told("levers_cpu")
+        found = report.load(folder, "validation", study.arms, study.baseline)
+        assert found is not None
+        own = {run["arm"]: run["definition"] for run in found.runs}
+        # The baseline of the trials are the defaults: its arm names none of their options.
+        assert own[study.baseline]["kaf"] == {}
+        assert set(own[study.baseline]["pretraining"]) == {"preset", "epochs", "iterations", "batch_size"}
+        cells = {cell.arm: cell for cell in found.cells()}
+        better = [arm for arm, cell in cells.items() if cell.differences and cell.differences["dice"].mean.low > 0]
+        assert better == []
+        assert all(study.notes.get(arm) for arm in cells if arm != study.baseline), "a trial without a conclusion"
