@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import figures, report, targets
-from .config import Study
+from .config import ALL, Study
 from .layout import read_json
 from .targets import PLAIN
 
@@ -161,8 +161,8 @@ def _who(results: report.Results) -> str:
         "test": "Measured on {} test patients ({} cases), used once, after all trainings.",
         "validation": "Measured on {} validation patients ({} cases): for choices, **not a test result**.",
     }[results.on].format(patients, cases)
-    everybody = max(len(run["patients"]) for run in results.runs)
-    return f"{kind} At most {everybody} labelled patients."
+    everybody = {len(run["patients"]) for run in results.runs if run["labelled"] == ALL}
+    return " ".join([kind, *(f'"{ALL}" are {number} labelled patients.' for number in everybody)])
 
 
 def _what(setting: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
