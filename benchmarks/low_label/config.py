@@ -59,6 +59,7 @@ _ARM = {
 _NOT_OF_A_RUN = ("tasks", "labelled", "note")
 _STUDY = {
     "comment": Rule((str,), "text: what it is for, and what it costs"),
+    "conclusion": Rule((str,), "text: what the results show", default=""),
     "device": Rule((str,), "cpu, cuda or mps", lambda v: v in ("cpu", "cuda", "mps")),
     "seed": whole(0, 0),
     "labelled": Rule((list,), f'distinct numbers of patients, and "{ALL}"', _labelled),
@@ -122,6 +123,7 @@ class Study:
 
     name: str
     comment: str
+    conclusion: str
     device: str
     seed: int
     labelled: tuple[int | str, ...]

@@ -39,12 +39,14 @@ class Told:
 
     Attributes:
         comment: text.
+        conclusion: text, or nothing.
         arms: their order.
         baseline: arm that the others are compared with.
         notes: conclusions, by arm.
     """
 
     comment: str
+    conclusion: str
     arms: tuple[str, ...]
     baseline: str
     notes: Mapping[str, str]
@@ -55,7 +57,8 @@ def told(study: str) -> Told:
     content = read_json(Path(__file__).with_name(f"{study}.json")) or {}
     arms = content.get("arms", {})
     notes = {name: arm["note"] for name, arm in arms.items() if "note" in arm}
-    return Told(content.get("comment", ""), tuple(arms), content.get("baseline", PLAIN), notes)
+    texts = content.get("comment", ""), content.get("conclusion", "")
+    return Told(*texts, tuple(arms), content.get("baseline", PLAIN), notes)
 
 
 def write_task(folder: Path, arms: Sequence[str], baseline: str) -> list[Path]:
@@ -133,7 +136,7 @@ def section(results: report.Results, study: Told, folder: Path) -> str:
         tables = [report.table(cells, results.baseline), ""]
         pretrained = list(dict.fromkeys(run["arm"] for run in results.runs if run["definition"]["pretraining"]))
         if results.on == "test":
-            tables += [targets.table(cells, pretrained), ""]
+            tables += [targets.table(cells, pretrained), "", *([study.conclusion, ""] if study.conclusion else [])]
         links = [
             f"![{title}]({folder.as_posix()}/{results.on}_{metric}.png)"
             for metric, (title, _, _) in report.METRICS.items()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,15 @@ def test_evidence_shows_each_study_by_itself_and_the_test_if_there_is_one(result
     before = text
     evidence.write_evidence(results, page)
     assert page.read_text() == before
+
+
+def test_a_conclusion_stands_below_test_results_only(results: Path) -> None:
+    write(results, document("plain", 2, 0, BASE, on="test"))
+    study = replace(evidence.told("smoke"), conclusion="What it shows.")
+    for on in ("validation", "test"):
+        found = report.load(results / "cpu" / "heart", on)
+        assert found is not None
+        assert ("What it shows." in evidence.section(found, study, Path())) is (on == "test")
 
 
 def test_without_results_the_page_says_so(tmp_path: Path) -> None:
