@@ -27,7 +27,18 @@ OF_OTHERS = {
     | {"--signal", "--requeue", "--open-mode"},
     "pip": {"--target"},
     "tensorboard": {"--logdir"},
-    "benchmarks": {"--arms", "--config", "--cost-grid", "--data", "--device", "--jobs", "--report", "--work"},
+    "benchmarks": {
+        "--arms",
+        "--config",
+        "--cost-grid",
+        "--data",
+        "--device",
+        "--jobs",
+        "--on",
+        "--out",
+        "--report",
+        "--work",
+    },
 }
 
 

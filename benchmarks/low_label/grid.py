@@ -158,13 +158,13 @@ def open_test(layout: Layout, split: Split) -> None:
 
 
 def write_run(layout: Layout, on: str, arm: Arm, fold: Fold, split: Split) -> None:
-    """Write the result of a run; one that is there already stays as it is."""
+    """Write the result of a run; one of the same measurement stays as it is, with the commit that it was made at."""
     file, identity = layout.run_file(on, arm, fold.name), commands.run_identity(layout, arm, fold, split)
     known = read_json(file)
-    if known is not None and known["identity"] == identity:
+    measured = read_json(commands.measured_file(layout, on, arm, fold))
+    if known is not None and (known["identity"], known["when"]) == (identity, measured["when"]):
         return
     setting = layout.study.setting(layout.task)
-    measured = read_json(commands.measured_file(layout, on, arm, fold))
     write_json(
         {
             "study": layout.study.name,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_an_arm_may_take_part_with_some_numbers_of_patients_only(layout: Layout,
     assert grid.finished(fewer, "validation") == (0, 6)
 
 
-def fake_launch(fail: Sequence[str] = ()) -> tuple[Callable[..., int], list[str]]:
+def fake_launch(fail: Sequence[str] = (), when: str = "then") -> tuple[Callable[..., int], list[str]]:
     started: list[str] = []
 
     def launch(job: jobs.Job, steps: Sequence[Step], threads: int) -> int:
@@ -183,7 +184,8 @@ def fake_launch(fail: Sequence[str] = ()) -> tuple[Callable[..., int], list[str]
         def run(words: Sequence[str]) -> None:
             product = Path(next(s.product for s in steps if s.command == list(words)))
             product.parent.mkdir(parents=True, exist_ok=True)
-            measured = {"training_seconds": 1.5, "cases": {"p00": {"1": {"dice": 0.5, "hd95": 1.0}}}}
+            cases = {"p00": {"1": {"dice": 0.5, "hd95": 1.0}}}
+            measured = {"when": when, "training_seconds": 1.5, "cases": cases}
             product.write_text(json.dumps(measured) if "measure" in words[0] else "{}")
 
         worker.run_steps(steps, run)
@@ -226,6 +228,23 @@ def test_a_run_says_what_it_was_and_what_it_cost(layout: Layout, split: splits.S
     changed = replace(layout, study=replace(layout.study, arms=(slower,)))
     with pytest.raises(KAFError, match="other options"):
         grid.finished(changed, "validation")
+
+
+def test_a_result_stays_until_it_is_measured_anew(
+    layout: Layout, split: splits.Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "commit", lambda: "first")
+    jobs.run_jobs(grid.training_jobs(layout, split), 1, 1, fake_launch()[0])
+    file = layout.run_file("validation", arm(layout, "plain"), "M2_draw0")
+    first = read_json(file)
+    monkeypatch.setattr(grid, "commit", lambda: "second")
+    jobs.run_jobs(grid.training_jobs(layout, split), 1, 1, fake_launch()[0])
+    assert read_json(file) == first
+    # The same study from another scratch folder, into the same results.
+    again = replace(layout, work=tmp_path / "again")
+    shutil.copytree(layout.raw, again.raw)
+    jobs.run_jobs(grid.training_jobs(again, split), 1, 1, fake_launch(when="now")[0])
+    assert (read_json(file)["when"], read_json(file)["commit"]) == ("now", "second")
 
 
 def test_the_test_set_is_opened_once_after_all_trainings(layout: Layout, split: splits.Split) -> None:
