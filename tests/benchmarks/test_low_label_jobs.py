@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from low_label import commands, config, grid, jobs, plans, splits, worker
+from low_label import commands, config, grid, jobs, splits, worker
 from low_label.layout import Layout, read_json
 from low_label.worker import Step
 
@@ -47,83 +47,6 @@ def layout(tmp_path: Path) -> Layout:
 @pytest.fixture
 def split(layout: Layout) -> splits.Split:
     return splits.draw([f"p{i:02d}" for i in range(10)], layout.study, layout.task)
-
-
-def step(tmp_path: Path, name: str, identity: str = "i") -> Step:
-    return Step(str(tmp_path / f"{name}.json"), identity, [name], str(tmp_path / name), {})
-
-
-class Fake:
-    """Stands for the commands: writes the product of a step; may fail or be killed."""
-
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self.products = {s.command[0]: s.product for s in steps}
-        self.ran: list[str] = []
-        self.error: dict[str, BaseException] = {}
-
-    def __call__(self, words: Sequence[str]) -> None:
-        self.ran.append(words[0])
-        if words[0] in self.error:
-            raise self.error.pop(words[0])
-        Path(self.products[words[0]]).write_text("done")
-
-
-def test_finished_steps_are_not_repeated(tmp_path: Path) -> None:
-    steps = [step(tmp_path, "a"), step(tmp_path, "b")]
-    fake = Fake(steps)
-    fake.error["b"] = RuntimeError("broken")
-    with pytest.raises(RuntimeError, match="broken"):
-        worker.run_steps(steps, fake)
-    assert [worker.is_done(s) for s in steps] == [True, False]
-    worker.run_steps(steps, fake)
-    worker.run_steps(steps, fake)
-    assert fake.ran == ["a", "b", "b"]
-    assert worker.state(steps[1])["attempts"] == 2
-    assert worker.state(steps[1])["seconds"] is not None
-
-
-def test_seconds_of_a_killed_attempt_stay_unknown(tmp_path: Path) -> None:
-    one = step(tmp_path, "a")
-    killed = {"identity": "i", "attempts": 1, "done": False, "seconds": None}
-    Path(one.record).write_text(json.dumps(killed))
-    worker.run_steps([one], Fake([one]))
-    assert worker.state(one) == {**killed, "attempts": 2, "done": True}
-
-
-def test_a_lost_product_is_made_again_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
-    one = step(tmp_path, "a")
-    fake = Fake([one])
-    worker.run_steps([one], fake)
-    Path(one.product).unlink()
-    worker.run_steps([one], fake)
-    assert fake.ran == ["a", "a"]
-    Path(one.product).unlink()
-    with pytest.raises(SystemExit, match="a ended without"):
-        worker.run_steps([one], lambda words: None)
-
-
-def test_records_of_other_options_are_refused(tmp_path: Path) -> None:
-    one = step(tmp_path, "a")
-    worker.run_steps([one], Fake([one]))
-    with pytest.raises(KAFError, match="other options"):
-        worker.is_done(replace(one, identity="other"))
-
-
-def test_environment_of_a_step_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOW_LABEL_TEST", "before")
-    seen = []
-    one = replace(step(tmp_path, "a"), environment={"LOW_LABEL_TEST": "within"})
-
-    def command(words: Sequence[str]) -> None:
-        import os
-
-        seen.append(os.environ["LOW_LABEL_TEST"])
-        Path(one.product).write_text("")
-
-    worker.run_steps([one], command)
-    import os
-
-    assert (seen, os.environ["LOW_LABEL_TEST"]) == (["within"], "before")
 
 
 def arm(layout: Layout, name: str) -> config.Arm:
@@ -273,25 +196,3 @@ def test_a_work_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
         pass
     with jobs.processes(tmp_path):
         pass
-
-
-def plan(**changes: Any) -> dict[str, Any]:
-    architecture = {"network_class_name": "a.PlainConvUNet", "arch_kwargs": {"strides": [[1, 1], [2, 2]]}}
-    block = {"data_identifier": "d", "patch_size": [8, 6], "batch_size": 50, "batch_dice": True}
-    return {"plans_name": "n", "configurations": {"2d": {**block, "architecture": architecture, **changes}}}
-
-
-def test_all_arms_get_one_batch_and_patch() -> None:
-    theirs = plan(patch_size=[16, 16], batch_size=3, batch_dice=False)
-    ours = plans.same_batch(theirs, plan(), "2d", 9)["configurations"]["2d"]
-    assert (ours["patch_size"], ours["batch_size"], ours["batch_dice"]) == ([8, 6], 9, True)
-    assert plans.same_batch(theirs, plan(), "2d", None)["configurations"]["2d"]["batch_size"] == 50
-    with pytest.raises(KAFError, match="data identifier"):
-        plans.same_batch(plan(data_identifier="e"), plan(), "2d", 9)
-    with pytest.raises(KAFError, match=r"pools by \[2, 2\].*patch \[8, 5\]"):
-        plans.same_batch(plan(), plan(patch_size=[8, 5]), "2d", 9)
-
-
-@pytest.mark.parametrize(("options", "expected"), [({}, 17), ({"num_keypoints": 64}, 64), ({"num_blocks": 1}, 17)])
-def test_keypoints_suit_the_patch_unless_the_arm_says_how_many(options: dict[str, int], expected: int) -> None:
-    assert plans.kaf_config(options, [56, 40]).num_keypoints == expected
