@@ -49,6 +49,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -66,14 +67,21 @@ T = TypeVar("T", Arm, Task)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 some runs failed, 2 bad input."""
+    """Run the command; returns the exit code: 0 done, 1 some runs failed, 2 bad input, 130 interrupted."""
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # A scheduler's SIGTERM ends the workers as Ctrl-C does, instead of leaving them behind.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _main(args)
     except KAFError as error:
         sys.stderr.write(f"low_label: error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("low_label: interrupted; the same command continues.\n")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from low_label import __main__ as command
 from low_label import commands, config, grid, jobs, splits, worker
 from low_label.layout import Layout, read_json
 from low_label.worker import Step
@@ -196,3 +200,24 @@ def test_a_work_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
         pass
     with jobs.processes(tmp_path):
         pass
+
+
+def test_sigterm_ends_the_study_and_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def run(args: object) -> int:
+        with jobs.processes(tmp_path) as launch:
+            workers.append(subprocess.Popen(["sleep", "60"]))
+            launch.running.add(workers[0])
+            os.kill(os.getpid(), signal.SIGTERM)
+            workers[0].wait(60)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(command, "_main", run)
+    assert command.main([]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert workers[0].wait(10) == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
