@@ -137,6 +137,7 @@ def section(results: report.Results, study: Told, folder: Path) -> str:
         pretrained = list(dict.fromkeys(run["arm"] for run in results.runs if run["definition"]["pretraining"]))
         if results.on == "test":
             tables += [targets.table(cells, pretrained), "", *([study.conclusion, ""] if study.conclusion else [])]
+            tables += [f"Choices were made on other patients: [validation.md]({folder.as_posix()}/validation.md).", ""]
         links = [
             f"![{title}]({folder.as_posix()}/{results.on}_{metric}.png)"
             for metric, (title, _, _) in report.METRICS.items()

@@ -151,8 +151,9 @@ def trials(results: Results, notes: Mapping[str, str]) -> str:
         difference = ["", ""] if found is None else [_interval(found.mean, signed), f"{found.p:.3g}"]
         changed = "; ".join(changes(own, definitions[cell.arm])) or "the baseline"
         dice = _interval(cell.metrics["dice"], plain) if "dice" in cell.metrics else "not defined"
-        rows.append([str(cell.labelled), f"`{cell.arm}`", changed, dice, *difference, notes.get(cell.arm, "")])
-    header = ["labelled patients", "trial", "what differs", "Dice", f"difference to {results.baseline}", "p"]
+        name = [str(cell.labelled), f"`{cell.arm}`"]
+        rows.append([*name, changed, str(cell.draws), dice, *difference, notes.get(cell.arm, "")])
+    header = ["labelled patients", "trial", "what differs", "draws", "Dice", f"difference to {results.baseline}", "p"]
     return markdown([*header, "conclusion"], rows)
 
 

@@ -135,7 +135,7 @@ def test_evidence_shows_each_study_by_itself_and_the_test_if_there_is_one(result
     assert "5 test patients (5 cases), used once" in gpu
     assert "0.9000" in gpu
     assert "0.9000" not in cpu
-    for link in ("cpu/heart/validation_dice.png", "gpu/heart/test_hd95.png"):
+    for link in ("cpu/heart/validation_dice.png", "gpu/heart/test_hd95.png", "gpu/heart/validation.md"):
         assert f"(../results/{link})" in text
         assert (results / link).stat().st_size > 0
     before = text
@@ -171,10 +171,10 @@ def test_trials_are_compared_with_their_baseline_and_say_what_they_change(tmp_pa
     assert found is not None
     header, _, first, second, third = report.trials(found, {"longer": "kept"}).splitlines()
     assert "difference to kaf_all" in header
-    assert first.startswith("| 2 | `kaf_all` | the baseline | 0.3000 (")
-    assert "| pretraining `epochs`: 5 to 9; kaf `num_blocks`: default to 1 |" in second
+    assert first.startswith("| 2 | `kaf_all` | the baseline | 1 | 0.3000 (")
+    assert "| pretraining `epochs`: 5 to 9; kaf `num_blocks`: default to 1 | 1 |" in second
     assert "| +0.1000 (+0.1000 to +0.1000) | 0.0625 | kept |" in second
-    assert "| pretraining: some to none; planner: P to Q |" in third
+    assert "| pretraining: some to none; planner: P to Q | 1 |" in third
     assert third.endswith("| 1 |  |")
 
 
@@ -231,3 +231,13 @@ def test_no_trial_is_clearly_better_than_the_defaults() -> None:
         better = [arm for arm, cell in cells.items() if cell.differences and cell.differences["dice"].mean.low > 0]
         assert better == []
         assert all(study.notes.get(arm) for arm in cells if arm != study.baseline), "a trial without a conclusion"
+
+
+def test_runs_of_two_studies_with_the_same_options_have_the_same_cases() -> None:
+    folder = "hippocampus_2d/runs/validation"
+    levers = {file.name: json.loads(file.read_text()) for file in (RESULTS / "levers" / folder).glob("*.json")}
+    cpu = {file.name: json.loads(file.read_text()) for file in (RESULTS / "cpu" / folder).glob("*.json")}
+    # The preset that cpu names is the default one.
+    shared = [name for name in levers if name in cpu and levers[name]["setting_sha256"] == cpu[name]["setting_sha256"]]
+    assert len(shared) >= 5
+    assert all(levers[name]["cases"] == cpu[name]["cases"] for name in shared)
