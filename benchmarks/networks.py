@@ -16,7 +16,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from synthetic import Layout, phases
 from torch import Tensor, nn
 
-from nnunetv2_kaf.config import KAFConfig
+from nnunetv2_kaf.config import FINEST_LEVEL, KAFConfig
 from nnunetv2_kaf.fusion import Diffusion
 from nnunetv2_kaf.plans import kaf_architecture
 
@@ -58,6 +58,7 @@ ARMS: dict[str, tuple[KAFConfig, str] | None] = {
     "paper_dense": (KAFConfig.paper(), "dense"),
 }
 """The layers, and how the fusion's convolutions are evaluated (see `Diffusion`); None = the plan's own network."""
+PAPER_ARMS = ("paper", "paper_sparse", "paper_dense")
 WITH_PAPER = ("plain", "kaf", "paper_sparse", "paper_dense")
 _ISOTROPIC, _HEART = (1.0, 1.0, 1.0), (10.0, 1.5625, 1.5625)
 
@@ -111,7 +112,9 @@ def build(case: Case, arm: str, seed: int, device: torch.device) -> nn.Module:
     plan = case.layout.plan()
     architecture, choice = plan["architecture"], ARMS[arm]
     if choice is not None:
-        architecture = kaf_architecture(architecture, plan["spacing"], 1, choice[0].for_patch(plan["patch_size"]))
+        finest = 0 if arm in PAPER_ARMS else FINEST_LEVEL
+        config = choice[0].planned(plan["patch_size"], architecture["arch_kwargs"]["n_stages"], finest)
+        architecture = kaf_architecture(architecture, plan["spacing"], 1, config)
     # nnU-Net draws from the global generator
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)

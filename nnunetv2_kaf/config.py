@@ -19,6 +19,9 @@ FUSIONS = ("add", "concat")
 # A patch gets at most one keypoint per so many voxels, about the density of the paper's (350 on a slice of 50,000
 # pixels). On small slices 256 of them would cost more than the UNet.
 VOXELS_PER_KEYPOINT = 128
+# Plans put no layer at full resolution: it costs most, and with two labelled patients Dice is better or equal without
+# (docs/evidence.md).
+FINEST_LEVEL = 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class KAFConfig:
 
     Attributes:
         num_keypoints: K, keypoints per sample; fewer detections are padded and masked, more are cut to the strongest.
-        levels: encoder levels that carry a layer (0 = full resolution); None = every level but the bottleneck.
+        levels: encoder levels that carry a layer (0 = full resolution); None = every level but the bottleneck, as in
+            the paper. Plans name them, see `planned`.
         token_dim: D, width of the keypoint tokens.
         num_blocks: self-attention blocks per level.
         num_heads: attention heads; must divide `token_dim`.
@@ -113,10 +117,20 @@ class KAFConfig:
         }
         return cls(**{**paper, **overrides})
 
-    def for_patch(self, patch_size: Sequence[int]) -> KAFConfig:
-        """These layers with fewer keypoints where the patch is small: one per 128 voxels at most."""
+    def planned(self, patch_size: Sequence[int], n_stages: int, finest_level: int = FINEST_LEVEL) -> KAFConfig:
+        """These layers as plans have them: one keypoint per 128 voxels at most, and the levels by their numbers.
+
+        Args:
+            patch_size: of the configuration, in voxels.
+            n_stages: of the encoder, the bottleneck among them.
+            finest_level: first one of the levels, where this record names none; an encoder of two stages has level 0
+                only.
+        """
         most = max(1, int(math.prod(patch_size)) // VOXELS_PER_KEYPOINT)
-        return dataclasses.replace(self, num_keypoints=min(self.num_keypoints, most))
+        levels = self.levels
+        if levels is None and n_stages >= 2:
+            levels = tuple(range(min(finest_level, n_stages - 2), n_stages - 1))
+        return dataclasses.replace(self, num_keypoints=min(self.num_keypoints, most), levels=levels)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types (tuples become lists); the inverse of `from_dict`."""

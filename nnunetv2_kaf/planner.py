@@ -21,7 +21,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunetv2_kaf.config import KAFConfig
+from nnunetv2_kaf.config import FINEST_LEVEL, KAFConfig
 from nnunetv2_kaf.plans import kaf_architecture
 
 _LOGGER = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class _KAFPlanning:
     """What KAF changes in a planner of nnU-Net; mixed in before it."""
 
     kaf_config: ClassVar[KAFConfig] = KAFConfig()
+    finest_level: ClassVar[int] = FINEST_LEVEL
 
     def static_estimate_VRAM_usage(  # type: ignore[no-untyped-def]  # noqa: N802
         self, patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
@@ -99,7 +100,8 @@ class _KAFPlanning:
 
     def _with_kaf(self, architecture: dict[str, Any], spacing: Any, patch_size: Any) -> dict[str, Any]:
         names = self.dataset_json.get("channel_names") or self.dataset_json["modality"]  # type: ignore[attr-defined]
-        return kaf_architecture(architecture, spacing, len(names), self.kaf_config.for_patch(patch_size))
+        config = self.kaf_config.planned(patch_size, architecture["arch_kwargs"]["n_stages"], self.finest_level)
+        return kaf_architecture(architecture, spacing, len(names), config)
 
 
 class nnUNetPlannerKAF(_KAFPlanning, ExperimentPlanner):  # type: ignore[misc]  # noqa: N801
@@ -113,6 +115,7 @@ class nnUNetPlannerKAFPaper(nnUNetPlannerKAF):  # noqa: N801
     """The paper's widths and depths (`KAFConfig.paper`); writes `nnUNetKAFPaperPlans`."""
 
     kaf_config: ClassVar[KAFConfig] = KAFConfig.paper()
+    finest_level: ClassVar[int] = 0
 
     def __init__(self, *args: Any, plans_name: str = "nnUNetKAFPaperPlans", **kwargs: Any) -> None:
         super().__init__(*args, plans_name=plans_name, **kwargs)

@@ -51,7 +51,7 @@ def kaf_plans(plans: Mapping[str, Any], config: KAFConfig | None = None) -> dict
     Args:
         plans: nnU-Net's plans; not changed. Configurations that already name a `KAFUNet` keep it, with every option of
             its kaf block written out; those with a network of another kind stay as they are.
-        config: the layers, as given; None = the defaults, with as many keypoints as suit the patch.
+        config: the layers, as given; None = the defaults, as `KAFConfig.planned` suits them to patch and network.
 
     Returns:
         A deep copy. A configuration that only inherits its architecture keeps inheriting it, unless it changes the
@@ -72,7 +72,8 @@ def kaf_plans(plans: Mapping[str, Any], config: KAFConfig | None = None) -> dict
                 resolved["architecture"],
                 resolved["spacing"],
                 len(resolved["normalization_schemes"]),
-                config or KAFConfig().for_patch(resolved["patch_size"]),
+                config
+                or KAFConfig().planned(resolved["patch_size"], resolved["architecture"]["arch_kwargs"]["n_stages"]),
             )
     return out
 

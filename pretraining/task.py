@@ -59,10 +59,11 @@ class Task:
     def layers(self) -> KAFConfig:
         """Return the options of the KAF layers; with a plain network the defaults, for the detection of keypoints."""
         resolved = resolve_configuration(self.plans, self.configuration)
-        block = resolved["architecture"]["arch_kwargs"].get("kaf")
+        arguments = resolved["architecture"]["arch_kwargs"]
+        block = arguments.get("kaf")
         if block is None:
             default = KAFConfig(detection_channels=tuple(range(self.channels)))
-            return default.for_patch(resolved["patch_size"])
+            return default.planned(resolved["patch_size"], arguments["n_stages"])
         return KAFConfig.from_dict({"detection_channels": list(range(self.channels)), **block})
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nnunetv2_kaf.config import KAFConfig
@@ -28,16 +29,19 @@ def write(layout: Layout) -> None:
     for arm in layout.arms:
         plans = same_batch(_read(layout, arm.planner), plain, configuration, layout.task.batch_size)
         if arm.trainer == "kaf":
-            plans = kaf_plans(plans, kaf_config(arm.kaf, resolve_configuration(plain, configuration)["patch_size"]))
+            network = resolve_configuration(plans, configuration)
+            stages = network["architecture"]["arch_kwargs"]["n_stages"]
+            plans = kaf_plans(plans, kaf_config(arm.kaf, network["patch_size"], stages))
         name = layout.plans_name(arm)
         plans = {**plans, "plans_name": name}
         (layout.preprocessed / f"{name}.json").write_text(json.dumps(plans, indent=2) + "\n")
 
 
-def kaf_config(options: Mapping[str, Any], patch_size: Sequence[int]) -> KAFConfig:
-    """Return the layers of an arm: its options; as many keypoints as suit the patch, unless it says how many."""
+def kaf_config(options: Mapping[str, Any], patch_size: Sequence[int], n_stages: int) -> KAFConfig:
+    """Return the layers of an arm: its options, and what plans choose where it says nothing."""
     config = KAFConfig.from_dict(options)
-    return config if "num_keypoints" in options else config.for_patch(patch_size)
+    planned = config.planned(patch_size, n_stages)
+    return replace(planned, num_keypoints=options.get("num_keypoints", planned.num_keypoints))
 
 
 def same_batch(

@@ -27,4 +27,11 @@ def test_all_arms_get_one_batch_and_patch() -> None:
 
 @pytest.mark.parametrize(("options", "expected"), [({}, 17), ({"num_keypoints": 64}, 64), ({"num_blocks": 1}, 17)])
 def test_keypoints_suit_the_patch_unless_the_arm_says_how_many(options: dict[str, int], expected: int) -> None:
-    assert plans.kaf_config(options, [56, 40]).num_keypoints == expected
+    assert plans.kaf_config(options, [56, 40], 4).num_keypoints == expected
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, (1, 2)), ({"levels": [0, 2]}, (0, 2))])
+def test_levels_are_those_of_plans_unless_the_arm_names_them(
+    options: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    assert plans.kaf_config(options, [56, 40], 4).levels == expected

@@ -20,6 +20,14 @@ def test_paper_preset_has_the_papers_widths_and_depths() -> None:
     assert KAFConfig.paper(num_blocks=12).num_blocks == 12
 
 
+def test_plans_name_their_levels_without_full_resolution_and_the_bottleneck() -> None:
+    found = {stages: KAFConfig().planned((64, 64), stages).levels for stages in (1, 2, 3, 6)}
+    assert found == {1: None, 2: (0,), 3: (1,), 6: (1, 2, 3, 4)}
+    assert KAFConfig(levels=(0,)).planned((64, 64), 6).levels == (0,), "levels that are given are kept"
+    assert KAFConfig().planned((64, 64), 4, finest_level=0).levels == (0, 1, 2)
+    assert KAFConfig().planned((64, 64), 4).num_keypoints == 32
+
+
 def test_unknown_key_is_named_with_the_known_ones() -> None:
     with pytest.raises(KAFError, match=r"num_keypoint'.*known keys.*num_keypoints"):
         KAFConfig.from_dict({"num_keypoint": 3})

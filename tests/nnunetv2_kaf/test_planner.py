@@ -56,7 +56,9 @@ def test_plans_name_the_kaf_network_and_share_preprocessed_data(dataset: Path) -
         assert ours["architecture"]["network_class_name"] == "nnunetv2_kaf.unet.KAFUNet"
         options = ours["architecture"]["arch_kwargs"]
         assert options["spacing"] == ours["spacing"]
-        assert KAFConfig.from_dict(options["kaf"]) == KAFConfig(detection_channels=(0, 1)).for_patch(ours["patch_size"])
+        assert KAFConfig.from_dict(options["kaf"]) == KAFConfig(detection_channels=(0, 1)).planned(
+            ours["patch_size"], options["n_stages"]
+        )
         assert theirs["architecture"]["network_class_name"].endswith("PlainConvUNet")
 
 
@@ -88,8 +90,12 @@ def test_residual_presets(size: str, dataset: Path) -> None:
 def test_paper_preset(dataset: Path) -> None:
     plans = planner.nnUNetPlannerKAFPaper("Dataset991_Plan", gpu_memory_target_in_gb=40).plan_experiment()
     entry = plans["configurations"]["2d"]
-    expected = KAFConfig.paper(detection_channels=(0, 1)).for_patch(entry["patch_size"])
-    assert KAFConfig.from_dict(entry["architecture"]["arch_kwargs"]["kaf"]) == expected
+    options = entry["architecture"]["arch_kwargs"]
+    every = tuple(range(options["n_stages"] - 1))
+    expected = KAFConfig.paper(detection_channels=(0, 1), levels=every).planned(
+        entry["patch_size"], options["n_stages"]
+    )
+    assert KAFConfig.from_dict(options["kaf"]) == expected
 
 
 def test_kaf_layers_count_in_the_memory_estimate(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

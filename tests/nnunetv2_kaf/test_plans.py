@@ -36,7 +36,7 @@ def test_substitution_keeps_every_option_and_leaves_the_input_alone(plain_plans:
         assert set(new) - set(old) == {"kaf", "spacing"}
         assert new["spacing"] == resolve_configuration(plans, name)["spacing"]
         patch = resolve_configuration(plans, name)["patch_size"]
-        assert KAFConfig.from_dict(new["kaf"]) == KAFConfig().for_patch(patch)
+        assert KAFConfig.from_dict(new["kaf"]) == KAFConfig().planned(patch, new["n_stages"])
     assert plans["configurations"]["3d_cascade_fullres"] == before["configurations"]["3d_cascade_fullres"]
     assert json.loads(json.dumps(plans)) == plans
     assert kaf_plans(plans) == plans, "a second substitution changes nothing"

@@ -119,8 +119,9 @@ def test_a_saved_model_keeps_its_layers_when_defaults_change(make: Make, plain_p
     assert changed.kaf_config == old, "the layers are kept, the rest follows the plans"
     assert changed.configuration_manager.network_arch_init_kwargs["features_per_stage"] == [4, 4, 4]
     cascade = make(configuration="3d_cascade_fullres")
-    patch = cascade.configuration_manager.patch_size
-    assert cascade.kaf_config == KAFConfig().for_patch(patch), "another configuration has its own folder"
+    manager = cascade.configuration_manager
+    planned = KAFConfig().planned(manager.patch_size, manager.network_arch_init_kwargs["n_stages"])
+    assert cascade.kaf_config == planned, "another configuration has its own folder"
 
 
 def test_plans_that_cannot_carry_layers_are_refused(make: Make, plain_plans: Plans) -> None:
