@@ -19,7 +19,7 @@ FUSIONS = ("add", "concat")
 # A patch gets at most one keypoint per so many voxels, about the density of the paper's (350 on a slice of 50,000
 # pixels). On small slices 256 of them would cost more than the UNet.
 VOXELS_PER_KEYPOINT = 128
-# Plans put no layer at full resolution: it costs most, and with two labelled patients Dice is better or equal without
+# Plans put no layer at full resolution: with two labelled patients Dice is better or equal without
 # (docs/evidence.md).
 FINEST_LEVEL = 1
 
