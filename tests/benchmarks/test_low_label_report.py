@@ -208,13 +208,13 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     assert evidence.EVIDENCE.read_text() == evidence.page(RESULTS, evidence.EVIDENCE)
 
 
-def test_the_readme_has_the_test_results_of_the_cpu_study() -> None:
-    folder = RESULTS / "cpu" / "hippocampus_2d"
-    study = evidence.told("cpu")
-    found = report.load(folder, "test", study.arms, study.baseline)
+@pytest.mark.parametrize(("study", "task"), [("cpu", "hippocampus_2d"), ("cpu_acdc", "acdc_2d")])
+def test_the_readme_has_the_test_results_of_the_cpu_studies(study: str, task: str) -> None:
+    told = evidence.told(study)
+    found = report.load(RESULTS / study / task, "test", told.arms, told.baseline)
     assert found is not None
     table = report.summary(found.cells(), ["plain", "kaf_scratch", "kaf_all"])
-    assert f"<!-- table: low_label -->\n\n{table}\n\n" in (evidence.EVIDENCE.parents[1] / "README.md").read_text()
+    assert f"<!-- table: {study} -->\n\n{table}\n\n" in (evidence.EVIDENCE.parents[1] / "README.md").read_text()
 
 
 def test_no_trial_is_clearly_better_than_the_defaults() -> None:
