@@ -245,3 +245,18 @@ def test_runs_of_two_studies_with_the_same_options_have_the_same_cases() -> None
     shared = [name for name in levers if name in cpu and levers[name]["setting_sha256"] == cpu[name]["setting_sha256"]]
     assert len(shared) >= 5
     assert all(levers[name]["cases"] == cpu[name]["cases"] for name in shared)
+
+
+def test_no_other_objectives_are_clearly_better_than_the_default_ones() -> None:
+    sums: dict[str, float] = {}
+    for study, task in (("cpu", "hippocampus_2d"), ("cpu_acdc", "acdc_2d")):
+        told = evidence.told(study)
+        found = report.load(RESULTS / study / task, "validation", told.arms, told.baseline)
+        assert found is not None
+        for cell in found.cells():
+            if cell.labelled in (2, 6):
+                sums[cell.arm] = sums.get(cell.arm, 0.0) + cell.metrics["dice"].value / 4
+    others = {arm: dice for arm, dice in sums.items() if arm.startswith("kaf_") and arm != "kaf_all"}
+    assert set(others) == {"kaf_scratch", "kaf_global", "kaf_local", "kaf_contrastive"}
+    assert max(others.values()) - sums["kaf_all"] < 0.001
+    assert all(sums["kaf_all"] - others[arm] > 0.001 for arm in set(others) - {"kaf_local"})
