@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from low_label import measure, stats
-
-needs_monai = pytest.mark.skipif(importlib.util.find_spec("monai") is None, reason="MONAI is not installed")
 
 
 def run(values: dict[str, dict[str, float | None]]) -> dict[str, Any]:
@@ -64,7 +61,6 @@ def masks(*boxes: tuple[slice, ...]) -> list[Any]:
     return out
 
 
-@needs_monai
 @pytest.mark.parametrize(("axis", "expected"), [(0, 6.0), (1, 4.0), (2, 2.0)])
 def test_distance_is_in_mm_on_every_axis(axis: int, expected: float) -> None:
     boxes = [[slice(1, 2)] * 3, [slice(1, 2)] * 3]
@@ -75,7 +71,6 @@ def test_distance_is_in_mm_on_every_axis(axis: int, expected: float) -> None:
     assert measure.hausdorff95(ours, ours, (3.0, 2.0, 1.0)) == 0.0
 
 
-@needs_monai
 def test_distance_ignores_the_farthest_twentieth() -> None:
     (ours,) = masks((slice(1, 2), slice(0, 8), slice(0, 10)))
     theirs = ours.copy()
@@ -95,7 +90,6 @@ def test_absent_classes() -> None:
     assert measure.hausdorff95(none, some, (3.0, 2.0, 1.0)) == pytest.approx(diagonal)
 
 
-@needs_monai
 def test_measure_reads_nnunets_summary(tmp_path: Path) -> None:
     import SimpleITK as sitk  # noqa: N813
 
