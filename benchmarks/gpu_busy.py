@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from common import load_average
 
-from pretraining.batch import Batch
 from pretraining.cli import build_parser
 from pretraining.config import PretrainConfig
 from pretraining.loop import Trainer
+from pretraining.pairs.batch import Batch
 from pretraining.prepare import DataOptions, prepare
 from pretraining.run import build_state, default_batch_size
 from pretraining.task import Task

@@ -29,7 +29,7 @@ from nnunetv2_kaf.files import versions
 from nnunetv2_kaf.weights import read_checkpoint
 from pretraining.checkpoint import FINAL
 from pretraining.config import COMPONENTS
-from pretraining.monitor import MONITORED
+from pretraining.monitoring.monitor import MONITORED
 
 LOGGER = logging.getLogger("pretrain_learning")
 RESULT = Path(__file__).parent / "results" / "pretrain_learning.json"
@@ -159,7 +159,7 @@ def finish(arguments: Sequence[str], folder: Path) -> None:
 def pretrain(arguments: Sequence[str], log: Path) -> int:
     """Run kaf-pretrain; its output is added to a file."""
     with log.open("a") as file:
-        program = [sys.executable, "-m", "pretraining.cli", *arguments]
+        program = [sys.executable, "-m", "pretraining", *arguments]
         return subprocess.run(program, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
 
 

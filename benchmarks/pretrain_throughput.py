@@ -30,17 +30,17 @@ from gpu_busy import SHARE, train
 from synthetic import DATASET, Layout, write_dataset
 
 from nnunetv2_kaf.files import versions
-from pretraining.batch import Batch
 from pretraining.config import PretrainConfig
-from pretraining.images import PreprocessedImages
-from pretraining.keypoint_cache import KeypointCache, SourceKeypoints
-from pretraining.loader import PairLoader
-from pretraining.pairs import Pair
+from pretraining.data.images import PreprocessedImages
+from pretraining.pairs.batch import Batch
+from pretraining.pairs.keypoint_cache import KeypointCache, SourceKeypoints
+from pretraining.pairs.loader import PairLoader
+from pretraining.pairs.pairs import Pair
+from pretraining.pairs.render import Recipe, render
+from pretraining.pairs.splines import control_points
+from pretraining.pairs.views import draw_view
 from pretraining.prepare import DataOptions, prepare
-from pretraining.render import Recipe, render
-from pretraining.splines import control_points
 from pretraining.task import Task, resolve_task
-from pretraining.views import draw_view
 
 LOGGER = logging.getLogger("pretrain_throughput")
 RESULT = Path(__file__).parent / "results" / "pretrain_throughput.json"

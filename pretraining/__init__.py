@@ -1,13 +1,14 @@
-"""Self-supervised pretraining of the encoder. The files in the order in which an image passes through them.
+"""Self-supervised pretraining of the encoder.
 
-- ``cli``, ``config``, ``task``, ``run``: the command, its options, the nnU-Net dataset and plans, one run from start to
-  checkpoint.
-- ``prepare``: everything before the first step. ``dataset``, ``patients``: which images, without which patients.
-  ``raw_images``, ``raw_checks``, ``preprocess``: further folders. ``images``, ``checks``: reading. ``keypoint_cache``,
-  ``descriptors``: keypoints, once per case.
-- ``loader``: case -> ``pairs`` -> ``views``, ``splines``, ``render`` -> ``correspondences`` -> ``batch``.
-- ``model``, ``heads``: batch -> embeddings. ``losses``, ``positives``, ``pairwise``, ``transport``: embeddings -> loss.
-- ``loop``: step and epoch. ``distributed``, ``signals``, ``checkpoint``: several processes, interruption, resume.
-- ``monitor``, ``metrics``, ``progress``, ``tracking``, ``logfile``: does it learn.
-- ``interop``, ``sources``, ``nnssl``, ``export_cli``: weights of and for other tools.
+A scan passes through the rooms in this order, and a room imports only from rooms before it:
+
+- `data`: which scans, without which patients, and their voxels.
+- `pairs`: two views of a patch or slice, their keypoints, which keypoints match; batches.
+- `objectives`: batch to embeddings to loss.
+- `monitoring`: does it learn.
+- `exchange`: weights from and for other tools.
+
+The files beside them hold one run together. `config` (options), `task` (dataset and plans), `distributed` and `signals`
+are used by all rooms; then `loop` (step and epoch), `checkpoint`, `prepare` (everything before the first step), `run`
+(from start to checkpoint) and `cli`.
 """

@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         description="Pretrain the keypoint-augmented encoder without labels on a dataset that nnU-Net has "
         "preprocessed, and on further unlabelled images. nnUNetTrainerKAF then starts from the result by itself. "
-        "Several GPUs: torchrun --nproc-per-node N -m pretraining.cli ...",
+        "Several GPUs: torchrun --nproc-per-node N -m pretraining ...",
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what to pretrain on")

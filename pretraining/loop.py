@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from nnunetv2_kaf.errors import KAFError
 from pretraining import distributed
-from pretraining.batch import Batch
 from pretraining.config import PretrainConfig
-from pretraining.losses import PretrainingLoss
-from pretraining.model import PretrainingModel
+from pretraining.objectives.losses import PretrainingLoss
+from pretraining.objectives.model import PretrainingModel
+from pretraining.pairs.batch import Batch
 
 
 @dataclass

@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from nnunetv2_kaf.errors import KAFError
 from pretraining import distributed
-from pretraining.checks import BadImages, read_whole
 from pretraining.config import PretrainConfig
-from pretraining.dataset import collect_images
-from pretraining.images import PreprocessedImages
-from pretraining.keypoint_cache import KeypointCache
-from pretraining.loader import PairLoader
-from pretraining.monitor import PAIRS_AT_ONCE, STREAM, hold_out
-from pretraining.patients import group_by_patient
-from pretraining.preprocess import LEFTOVER_AGE
+from pretraining.data.bad_images import BadImages, read_whole
+from pretraining.data.cases import collect_images
+from pretraining.data.images import PreprocessedImages
+from pretraining.data.patients import group_by_patient
+from pretraining.data.preprocess import LEFTOVER_AGE
+from pretraining.monitoring.monitor import PAIRS_AT_ONCE, STREAM, hold_out
+from pretraining.pairs.keypoint_cache import KeypointCache
+from pretraining.pairs.loader import PairLoader
 from pretraining.task import Task
 
 logger = logging.getLogger(__name__)

@@ -16,16 +16,16 @@ from nnunetv2_kaf.files import file_sha256
 from pretraining import distributed
 from pretraining.checkpoint import FINAL, LATEST, export, load_latest, run_identity, save_latest, set_aside, tidy
 from pretraining.config import PretrainConfig
-from pretraining.interop import initialize_encoder
-from pretraining.logfile import log_file
+from pretraining.exchange.interop import initialize_encoder
 from pretraining.loop import Trainer, TrainingState, amp_dtype, build_optimizer
-from pretraining.model import PretrainingModel
-from pretraining.monitor import Monitor
+from pretraining.monitoring.logfile import log_file
+from pretraining.monitoring.monitor import Monitor
+from pretraining.monitoring.progress import plot_progress
+from pretraining.monitoring.tracking import Tracker, open_trackers
+from pretraining.objectives.model import PretrainingModel
 from pretraining.prepare import Data, DataOptions, prepare
-from pretraining.progress import plot_progress
 from pretraining.signals import PreemptedError, Preemption
 from pretraining.task import Task
-from pretraining.tracking import Tracker, open_trackers
 
 logger = logging.getLogger(__name__)
 

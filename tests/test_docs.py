@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pretraining import cli, export_cli
+from pretraining import cli
 from pretraining.config import COMPONENTS, PRESETS, PretrainConfig, flag
+from pretraining.exchange import export_cli
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "pretraining.md"
@@ -56,7 +57,7 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
     """Program and arguments of every command of ours in the bash blocks, also under torchrun and srun."""
     found = []
     for line in (line for block in blocks(path.read_text()) for line in block.splitlines()):
-        line = re.sub(r"^.* -m pretraining\.cli ", "kaf-pretrain ", line)
+        line = re.sub(r"^.* -m pretraining ", "kaf-pretrain ", line)
         line = re.sub(r"^srun .* exec (.*)' \|\| exit 1$", r"\1", line)
         words = shlex.split(line, comments=True)
         if words and words[0] in PROGRAMS:

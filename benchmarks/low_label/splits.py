@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.patients import group_by_patient
+from pretraining.data.patients import group_by_patient
 
 from .config import ALL, Study, Task, digest
 

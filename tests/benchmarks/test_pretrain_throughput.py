@@ -14,10 +14,10 @@ from common import alternate, environment, one_core, write_json
 from gpu_busy import busy
 from synthetic import Layout, phases, write_dataset
 
-from pretraining.batch import Batch
 from pretraining.config import PretrainConfig
-from pretraining.loader import PairLoader
 from pretraining.loop import Trainer
+from pretraining.pairs.batch import Batch
+from pretraining.pairs.loader import PairLoader
 from pretraining.prepare import DataOptions, prepare
 from pretraining.run import build_state
 from pretraining.task import Task, resolve_task

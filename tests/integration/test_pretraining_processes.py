@@ -32,7 +32,9 @@ SERVER = """
 import json, os, signal, sys, threading, traceback
 import matplotlib.backends.backend_agg, torch, torch._dynamo, torch.distributed, torch.utils.tensorboard
 import nnunetv2.utilities.crossval_split
-from pretraining import cli, config, keypoint_cache, loader, loop, monitor, progress, run, task
+from pretraining import cli, config, loop, run, task
+from pretraining.monitoring import monitor, progress
+from pretraining.pairs import keypoint_cache, loader
 
 # What torch and nnU-Net import when they are first used. No backward pass: its threads would not survive the fork.
 run.build_state(task.resolve_task("123", "2d", "SmallPlans"), config.PretrainConfig(), torch.device("cpu"))
@@ -154,7 +156,7 @@ class Runs:
         port = str(free_port())
         launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
         return subprocess.Popen(
-            [sys.executable, *launcher, "--master-port", port, "-m", "pretraining.cli", *arguments],
+            [sys.executable, *launcher, "--master-port", port, "-m", "pretraining", *arguments],
             env={**os.environ, **self.environment, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, cwd=self.folder, start_new_session=True,
         )  # fmt: skip

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from pretraining.config import PretrainConfig
-from pretraining.images import PreprocessedImages
-from pretraining.keypoint_cache import KeypointCache
-from pretraining.loader import PairLoader
-from pretraining.patients import group_by_patient
+from pretraining.data.images import PreprocessedImages
+from pretraining.data.patients import group_by_patient
+from pretraining.pairs.keypoint_cache import KeypointCache
+from pretraining.pairs.loader import PairLoader
 from pretraining.task import resolve_task
 
 torch.set_num_threads(1)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining import distributed, pairwise
+from pretraining import distributed
 from pretraining.config import PretrainConfig
-from pretraining.heads import DescriptorHead, GlobalHead, Matcher, masked_mean
-from pretraining.losses import PretrainingLoss
-from pretraining.model import Embeddings
+from pretraining.objectives import pairwise
+from pretraining.objectives.heads import DescriptorHead, GlobalHead, Matcher, masked_mean
+from pretraining.objectives.losses import PretrainingLoss
+from pretraining.objectives.model import Embeddings
 
 PAIRS, POINTS, WIDTH = 6, 7, 8
 CASES: dict[str, dict[str, Any]] = {

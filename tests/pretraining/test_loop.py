@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.batch import Batch
 from pretraining.config import PretrainConfig
-from pretraining.loader import PairLoader
 from pretraining.loop import Trainer, learning_rate
+from pretraining.pairs.batch import Batch
+from pretraining.pairs.loader import PairLoader
 from pretraining.run import build_state
 from pretraining.task import resolve_task
 

@@ -25,8 +25,8 @@ from pretraining import prepare as prepare_module
 from pretraining.checkpoint import LATEST
 from pretraining.config import PRESETS, PretrainConfig
 from pretraining.loop import Trainer
-from pretraining.losses import PretrainingLoss
-from pretraining.monitor import MONITORED, Monitor
+from pretraining.monitoring.monitor import MONITORED, Monitor
+from pretraining.objectives.losses import PretrainingLoss
 from pretraining.prepare import DataOptions, prepare
 from pretraining.task import resolve_task
 

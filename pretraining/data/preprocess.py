@@ -1,0 +1,259 @@
+"""Raw images of further sources, preprocessed with the first dataset's plans by nnU-Net itself, cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from tqdm import tqdm
+
+from nnunetv2_kaf.errors import KAFError
+from pretraining.data.bad_images import BadImages
+from pretraining.data.raw import RawSource
+from pretraining.data.raw_checks import describe, inspect_case
+from pretraining.task import Task
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Counted up when cached images have to be made again."""
+LEFTOVER_AGE = 3600
+"""Seconds after which an unfinished file belongs to a run that was killed: one is written within seconds."""
+UNUSUAL_SPACING = 2.0
+"""A spacing that differs from the plans' by more than this factor is mentioned in the log."""
+
+_FROM_PLANS = ("image_reader_writer", "transpose_forward", "foreground_intensity_properties_per_channel")
+_FROM_CONFIGURATION = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+)
+
+
+class Preprocessor:
+    """Preprocesses raw images as nnU-Net preprocesses the first dataset.
+
+    Args:
+        task: the first dataset with its plans and configuration.
+    """
+
+    def __init__(self, task: Task) -> None:
+        """Resolve nnU-Net's classes once."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        self.task = task
+        self._plans = PlansManager(dict(task.plans))
+        self._configuration = self._plans.get_configuration(task.configuration)
+        self._dataset_json = json.loads((task.dataset_folder / "dataset.json").read_text())
+        self._class = self._configuration.preprocessor_class
+        self._reader = self._plans.image_reader_writer_class
+        options = self._configuration.configuration
+        self._fingerprint = [
+            FORMAT,
+            task.channels,
+            {key: self._plans.plans.get(key) for key in _FROM_PLANS},
+            {key: options.get(key) for key in _FROM_CONFIGURATION},
+        ]
+
+    def target(self, source: RawSource, case: str) -> Path:
+        """Return the file of a preprocessed case. Its name holds a hash of all that determines its content.
+
+        So a file that exists is valid, one rename makes it so, and no second file can contradict it.
+        """
+        files = source.cases[case]
+        spacing_file = source.folder / f"{case}.json"  # nnU-Net's reader of .tif takes the spacing from it
+        stamps = [
+            [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+            for path in (*files, spacing_file)
+            if path.is_file()
+        ]
+        content = json.dumps([self._fingerprint, stamps], sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        folder = cache_folder(self.task) / source.key
+        return folder / f"{case}-{digest}.b2nd"
+
+    def inspect(self, files: tuple[Path, ...], bad: BadImages) -> tuple[float, ...] | None:
+        """Read every channel of a case and collect what is wrong.
+
+        Returns:
+            The spacing in mm in the plans' order of axes, or ``None`` if something is wrong.
+        """
+        spacing = inspect_case(files, self._reader, self.task.channels, len(self.task.patch_size), bad)
+        return None if spacing is None else tuple(spacing[axis] for axis in self._plans.transpose_forward)
+
+    def run(self, files: tuple[Path, ...], target: Path, bad: BadImages) -> bool:
+        """Preprocess a case and save it.
+
+        Returns:
+            Whether the case can be used; otherwise it was added to ``bad``.
+
+        Raises:
+            KAFError: the result cannot be written.
+        """
+        try:
+            data, _, _ = self._class(verbose=False).run_case(
+                [str(path) for path in files], None, self._plans, self._configuration, self._dataset_json
+            )
+        except Exception as error:  # whatever the reader or the resampling raise belongs into the list
+            bad.add(files[0], f"an image that nnU-Net cannot preprocess ({describe(error)})", "an image")
+            return False
+        data = np.ascontiguousarray(data, dtype=np.float32)
+        if min(data.shape) < 1 or not np.isfinite(data).all():
+            state = f"shape {data.shape}" if min(data.shape) < 1 else "NaN or infinite values"
+            bad.add(files[0], f"{state} after preprocessing", "at least one voxel per axis, finite values")
+            return False
+        if float(data.min()) == float(data.max()):
+            logger.warning("%s is constant: it has no keypoints and adds nothing to the local losses.", files[0])
+        _save(target, data, self.task.patch_size)
+        return True
+
+
+def cache_folder(task: Task) -> Path:
+    """Return where preprocessed images of further sources are kept: next to nnU-Net's preprocessed images."""
+    return task.image_folder.with_name(f"{task.image_folder.name}_kaf_images")
+
+
+def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers: int) -> dict[str, Path]:
+    """Preprocess the images of a source that are not cached yet.
+
+    Killed at any moment, the next call goes on with the cases that are missing. Several processes may run it at once.
+
+    Args:
+        task: the first dataset, whose plans and configuration are used.
+        source: the images.
+        bad: collects what cannot be used.
+        num_workers: cases at a time.
+
+    Returns:
+        File by identifier (``<key>/<case>``), in the order of the source's cases.
+
+    Raises:
+        KAFError: a result cannot be written.
+    """
+    preprocessor = Preprocessor(task)
+    folder = cache_folder(task) / source.key
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    targets = {case: preprocessor.target(source, case) for case in source.cases}
+    todo = [case for case, target in targets.items() if not target.is_file()]
+    spacings: dict[str, tuple[float, ...]] = {}
+
+    def work(case: str) -> None:
+        spacing = preprocessor.inspect(source.cases[case], bad)
+        if spacing is not None and preprocessor.run(source.cases[case], targets[case], bad):
+            spacings[case] = spacing
+            _remove_outdated(targets[case], case)
+
+    if todo:
+        logger.info(
+            "%s: preprocessing %d of %d images of %s as %s.",
+            source.key,
+            len(todo),
+            len(targets),
+            source.folder,
+            task.dataset_name,
+        )
+    _in_threads(work, todo, num_workers, source.key)
+    _mention_spacings(task, source, spacings)
+    return {f"{source.key}/{case}": target for case, target in targets.items() if case not in todo or case in spacings}
+
+
+def _in_threads(work: Any, cases: list[str], num_workers: int, name: str) -> None:
+    """Call ``work`` for every case; the first exception (a full disk, Ctrl-C) cancels what has not begun."""
+    with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="preprocess") as pool:
+        futures: list[Future[None]] = [pool.submit(work, case) for case in cases]
+        try:
+            done = tqdm(
+                as_completed(futures),
+                desc=name,
+                total=len(futures),
+                unit="image",
+                mininterval=0.1 if sys.stderr.isatty() else 30,
+                disable=not futures,
+            )
+            for future in done:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _save(target: Path, data: np.ndarray, patch_size: tuple[int, ...]) -> None:
+    """Write a .b2nd file in nnU-Net's layout under another name, read it back, and only then give it its name.
+
+    Raises:
+        KAFError: it cannot be written completely.
+    """
+    from nnunetv2.training.dataloading import nnunet_dataset
+
+    # nnU-Net 2.7 has the function as a method of the class.
+    layout = (
+        getattr(nnunet_dataset, "comp_blosc2_params", None) or nnunet_dataset.nnUNetDatasetBlosc2.comp_blosc2_params
+    )
+    blocks, chunks = layout(data.shape, tuple(patch_size), data.itemsize)
+    compression = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    temporary = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}.tmp.b2nd")
+    try:
+        blosc2.asarray(data, urlpath=str(temporary), mode="w", chunks=chunks, blocks=blocks, cparams=compression)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        if not np.array_equal(blosc2.open(urlpath=str(temporary), mode="r", dparams={"nthreads": 1})[:], data):
+            raise OSError("the file differs from what was written")
+        os.replace(temporary, target)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise KAFError(f"{target} cannot be written ({describe(error)}). Is the disk full or read-only?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove unfinished files of runs that were killed; those of a run that is going on are young."""
+    for path in folder.glob("*.tmp.b2nd"):
+        try:
+            if time.time() - path.stat().st_mtime > LEFTOVER_AGE:
+                path.unlink()
+        except FileNotFoundError:
+            pass  # another process was faster
+
+
+def _remove_outdated(target: Path, case: str) -> None:
+    """Remove earlier results of a case, made from another version of its files or with other plans."""
+    pattern = re.compile(rf"{re.escape(case)}-[0-9a-f]{{16}}\.b2nd")
+    for path in target.parent.iterdir():
+        if pattern.fullmatch(path.name) and path.name != target.name:
+            path.unlink(missing_ok=True)
+
+
+def _mention_spacings(task: Task, source: RawSource, spacings: dict[str, tuple[float, ...]]) -> None:
+    """Log spacings that are far from the plans'; in 2D those within the slice count."""
+    dims = len(task.spacing)
+    unusual = sorted(
+        spacing[-dims:]
+        for spacing in spacings.values()
+        if any(max(a / b, b / a) > UNUSUAL_SPACING for a, b in zip(spacing[-dims:], task.spacing, strict=True))
+    )
+    if unusual:
+        logger.info(
+            "%s: %d image(s) have a spacing that differs from the plans' %s mm by more than a factor of %g (from %s to "
+            "%s); they are resampled to the plans'.",
+            source.key,
+            len(unusual),
+            task.spacing,
+            UNUSUAL_SPACING,
+            unusual[0],
+            unusual[-1],
+        )

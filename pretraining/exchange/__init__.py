@@ -1,0 +1,1 @@
+"""Weights from and for other tools: nnssl, MONAI and the like."""

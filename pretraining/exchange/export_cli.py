@@ -1,0 +1,78 @@
+"""``kaf-export``: write a pretraining checkpoint in a format that other tools read."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunetv2_kaf.errors import KAFError
+
+PROGRAM = "kaf-export"
+logger = logging.getLogger("pretraining")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Write a checkpoint of kaf-pretrain in a format that other tools read. nnssl: a file with "
+        "network_weights and a complete nnssl_adaptation_plan, for nnU-Net's finetuning from nnssl checkpoints; the "
+        "names of the cases that were pretrained on are left out.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint_final.pth of kaf-pretrain")
+    parser.add_argument("--format", choices=("nnssl",), default="nnssl", help="format to write (default: nnssl)")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="file to write")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="write the convolutional part alone, as nnU-Net's own PlainConvUNet or ResidualEncoderUNet, for tools "
+        "that build the network without this package; needs add fusion (default: the whole keypoint-augmented network)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
+    parsed = build_parser().parse_args(arguments)
+    _log_to_stderr()
+    try:
+        sys.stdout.write(_run(parsed) + "\n")
+    except KAFError as error:
+        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{PROGRAM}: interrupted; nothing was written.\n")
+        return 130
+    return 0
+
+
+def _run(parsed: argparse.Namespace) -> str:
+    """Export, and say what was written."""
+    # Here and not at the top: --help and a mistyped option need not wait for torch.
+    from pretraining.exchange.nnssl import export_nnssl
+
+    plan = export_nnssl(parsed.checkpoint, parsed.output, plain=parsed.plain, force=parsed.force)
+    return (
+        f"Checkpoint: {parsed.output}\n"
+        f"Network:    {plan['architecture_plans']['arch_class_name']}, "
+        f"{plan['pretrain_num_input_channels']} input channel(s)\n"
+        f"Encoder:    {plan['key_to_encoder']}, stem {plan['key_to_stem']}"
+    )
+
+
+def _log_to_stderr() -> None:
+    """Send the log of this package to stderr, once per process."""
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

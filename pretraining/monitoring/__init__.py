@@ -1,0 +1,1 @@
+"""Does it learn: held-out pairs, metrics, curves, trackers, the log file."""

@@ -1,0 +1,82 @@
+"""Does it learn? Measured on fixed pairs of held-out cases before training and after every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretraining.monitoring.metrics import alignment, effective_rank, recall_hits, uniformity
+from pretraining.objectives.model import PretrainingModel
+from pretraining.pairs.batch import Batch
+from pretraining.pairs.loader import PairLoader
+
+MONITORED = ("recall_at_1", "recall_at_5", "alignment", "uniformity", "effective_rank")
+PAIRS = 16
+PAIRS_AT_ONCE = 4
+STREAM = 1
+"""The sequence of pairs of the loader that makes the held-out pairs; training draws from sequence 0."""
+HELD_OUT_SHARE = 0.05
+HELD_OUT_MOST = 8
+HELD_OUT_FROM = 5
+"""With fewer patients than this none is held out: each one is worth more as training data."""
+
+
+def hold_out(
+    patients: dict[str, tuple[str, ...]], seed: int
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """Split patients into those to train on and those to measure on.
+
+    Returns:
+        Both groups; one twentieth (at least 1, at most `HELD_OUT_MOST`) is held out, of further sources if they have
+        enough patients; none of fewer than `HELD_OUT_FROM`.
+    """
+    if len(patients) < HELD_OUT_FROM:
+        return dict(patients), {}
+    count = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(patients))))
+    # Images of further sources have no labels to lose: the first dataset's few labelled patients are all trained on.
+    names = sorted(name for name in patients if "/" in name)
+    names = names if len(names) >= count else sorted(patients)
+    chosen = {names[i] for i in np.random.default_rng([seed, STREAM]).permutation(len(names))[:count]}
+    training = {name: cases for name, cases in patients.items() if name not in chosen}
+    return training, {name: cases for name, cases in patients.items() if name in chosen}
+
+
+class Monitor:
+    """Evaluates a model on the same pairs every time.
+
+    Args:
+        loader: makes pairs of the held-out cases, `PAIRS_AT_ONCE` at a time.
+        device: where the model is.
+    """
+
+    def __init__(self, loader: PairLoader, device: torch.device) -> None:
+        self.patch_size = loader.patch_size
+        self.batches: Sequence[Batch] = [loader.batch(step) for step in range(PAIRS // PAIRS_AT_ONCE)]
+        self.device = device
+
+    @torch.no_grad()
+    def evaluate(self, model: PretrainingModel, autocast: torch.dtype | None) -> dict[str, float]:
+        """Return the `MONITORED` values; NaN where there is nothing to measure (no match in any pair)."""
+        training = model.training
+        model.eval()
+        hits, count = torch.zeros(2), 0.0
+        first: list[Tensor] = []
+        second: list[Tensor] = []
+        for batch in self.batches:
+            batch = batch.to(self.device)
+            views = batch.rendered(self.patch_size)
+            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+                descriptors, vectors = model.describe(views, batch.coords, batch.valid)
+            one, two = descriptors.float().chunk(2)
+            found, matched = recall_hits(one, two, batch.valid.chunk(2)[1], batch.matches)
+            hits, count = hits + found.cpu(), count + float(matched)
+            for part, vector in zip((first, second), vectors.float().chunk(2), strict=True):
+                part.append(vector)
+        model.train(training)
+        embeddings = torch.cat([*first, *second])
+        recall = (hits / count if count else hits * torch.nan).tolist()
+        values = (alignment(embeddings), uniformity(embeddings), effective_rank(embeddings))
+        return dict(zip(MONITORED, (*recall, *(float(v) for v in values)), strict=True))

@@ -1,0 +1,1 @@
+"""From batches to a loss: the encoder's heads, the embeddings, and the losses over them."""

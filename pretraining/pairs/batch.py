@@ -1,0 +1,91 @@
+"""The typed batch that goes from the loader to the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretraining.pairs.render import Recipe, join, render
+
+
+@dataclass(frozen=True)
+class PairSample:
+    """One pair of views of one patient; index 0 of the leading axis is the first side.
+
+    Attributes:
+        cases: identifiers of the two sides.
+        views: (2, C, *V) float32, or the recipe to render them from.
+        coords: (2, K, D) float32 keypoints in view voxels, 0 where invalid.
+        valid: (2, K) bool.
+        matches: (K,) long: index into the second side's keypoints, or -1.
+        positions: (2, A) float32 normalised positions along the volume.
+    """
+
+    cases: tuple[str, str]
+    views: Tensor | Recipe
+    coords: Tensor
+    valid: Tensor
+    matches: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs; the leading axis of size 2B holds all first sides, then all second sides.
+
+    Attributes:
+        cases: 2B identifiers.
+        views: (2B, C, *V), or the recipe to render them from.
+        coords: (2B, K, D).
+        valid: (2B, K) bool.
+        matches: (B, K) long.
+        positions: (2B, A).
+    """
+
+    cases: tuple[str, ...]
+    views: Tensor | Recipe
+    coords: Tensor
+    valid: Tensor
+    matches: Tensor
+    positions: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with everything on ``device``."""
+        coords, valid, matches, positions = (
+            t.to(device, non_blocking=True) for t in (self.coords, self.valid, self.matches, self.positions)
+        )
+        return Batch(self.cases, self.views.to(device), coords, valid, matches, positions)
+
+    def rendered(self, shape: Sequence[int]) -> Tensor:
+        """Return the views (2B, C, *V), computed on the batch's device if that has not been done yet."""
+        return render(self.views, shape) if isinstance(self.views, Recipe) else self.views
+
+
+def collate(samples: Sequence[PairSample]) -> Batch:
+    """Stack samples into a batch; nothing is cut."""
+
+    def sides(name: str) -> Tensor:
+        stacked = torch.stack([getattr(sample, name) for sample in samples], dim=1)
+        return stacked.flatten(0, 1)
+
+    first = [sample.views for sample in samples if isinstance(sample.views, Recipe)]
+    views: Tensor | Recipe = _sides_of(join(first)) if first else sides("views")
+    return Batch(
+        cases=tuple(sample.cases[side] for side in (0, 1) for sample in samples),
+        views=views,
+        coords=sides("coords"),
+        valid=sides("valid"),
+        matches=torch.stack([sample.matches for sample in samples]),
+        positions=sides("positions"),
+    )
+
+
+def _sides_of(recipe: Recipe) -> Recipe:
+    """Reorder the views of joined pairs (first, second, first, ...) to all first sides, then all second sides."""
+    order = [*range(0, len(recipe.seeds), 2), *range(1, len(recipe.seeds), 2)]
+    index = torch.tensor(order)
+    seeds = tuple(recipe.seeds[i] for i in order)
+    return Recipe(recipe.sources[index], recipe.control[index], recipe.intensity[index], seeds)

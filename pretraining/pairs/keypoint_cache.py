@@ -1,0 +1,207 @@
+"""Keypoints and descriptors of the un-augmented images, detected once per case and kept on disk.
+
+The detector is the network's own (`nnunetv2_kaf.keypoints`), run on windows of about the size of a patch, so that a
+case has the points that the network finds in fine-tuning. In 2D every slice is an image of its own. One file per case
+lies next to nnU-Net's preprocessed data; its name holds what it was made from: a changed image or option is a new file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunetv2_kaf.config import KAFConfig
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import atomic_write
+from nnunetv2_kaf.keypoints import KeypointDetector
+from pretraining.pairs.descriptors import patch_descriptors
+
+VERSION = 1
+OVERSAMPLING = 1.5
+"""Points kept per patch volume in multiples of K: a view that is zoomed out shows more of the image than a patch."""
+DESCRIPTOR_SHAPE = {2: (4, 1.0), 3: (2, 2.0)}
+"""Per number of axes: samples on each side of the centre and their distance in finest voxels (81 and 125 samples)."""
+OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class SourceKeypoints:
+    """Keypoints of one image (a slice or a volume), strongest first.
+
+    Attributes:
+        coords: (n, D) float32 source voxels.
+        score: (n,) float32 detection response in standard deviations.
+        descriptors: (n, E) float16, unit norm or zero.
+    """
+
+    coords: np.ndarray
+    score: np.ndarray
+    descriptors: np.ndarray
+
+
+class KeypointCache:
+    """Detects, stores and reads the keypoints of cases.
+
+    Args:
+        folder: where the files go; one sub-folder per set of options.
+        config: the network's layers.
+        patch_size: of the configuration; its length says whether slices or volumes are the images.
+        spacing: voxel size in mm, as many axes as the patch.
+    """
+
+    def __init__(self, folder: Path, config: KAFConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> None:
+        self.config = config
+        self.patch_size = tuple(patch_size)
+        self.spacing = tuple(float(s) for s in spacing)
+        self.folder = folder / self._options_hash()
+        self._open: OrderedDict[Path, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _options_hash(self) -> str:
+        """Hash of everything besides the image that determines the points."""
+        detection = {k: v for k, v in asdict(self.config).items() if k.startswith(("detection", "num_keypoints"))}
+        options = [
+            VERSION,
+            OVERSAMPLING,
+            DESCRIPTOR_SHAPE[len(self.patch_size)],
+            self.patch_size,
+            self.spacing,
+            detection,
+        ]
+        return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:12]
+
+    def path(self, case: str, image: Path) -> Path:
+        """Return the file of a case; the name changes when the image file does."""
+        status = image.stat()
+        stamp = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
+        return self.folder / f"{case}.{stamp}.npy"
+
+    def create(self, case: str, image_path: Path, image: np.ndarray, device: torch.device) -> None:
+        """Detect and store the points of a case.
+
+        Args:
+            case: identifier; may contain ``/``.
+            image_path: file of the image.
+            image: (C, Z, Y, X) float32.
+            device: where to detect.
+
+        Raises:
+            KAFError: if the file cannot be written.
+        """
+        dims = len(self.patch_size)
+        pixels = torch.from_numpy(image).to(device)
+        # 2D: the slices are a batch of images; 3D: the volume is a batch of one.
+        batch = pixels.transpose(0, 1) if dims == 2 else pixels.unsqueeze(0)
+        records = []
+        for index, single in enumerate(batch):
+            coords, score = self._detect(single.unsqueeze(0))
+            record = np.zeros(len(coords), dtype=self._record_type(image.shape[0]))
+            record["slice"], record["coords"], record["score"] = index, coords.cpu().numpy(), score.cpu().numpy()
+            record["descriptor"] = self._describe(single.unsqueeze(0), coords).cpu().numpy()
+            records.append(record)
+        self._write(self.path(case, image_path), np.concatenate(records))
+
+    def read(self, case: str, image_path: Path, slice_index: int | None) -> SourceKeypoints:
+        """Read the points of a slice (2D) or of the volume (``None``, 3D).
+
+        Raises:
+            KAFError: if the file is missing or unreadable.
+        """
+        rows, slices = self._rows(self.path(case, image_path))
+        first, last = np.searchsorted(slices, [slice_index or 0, (slice_index or 0) + 1])
+        part = np.asarray(rows[int(first) : int(last)])
+        return SourceKeypoints(part["coords"], part["score"], part["descriptor"])
+
+    def _rows(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mapped file and the slice of every row."""
+        with self._lock:
+            if path in self._open:
+                self._open.move_to_end(path)
+                return self._open[path]
+        try:
+            rows = np.load(path, mmap_mode="r")
+            slices = np.array(rows["slice"])
+        except (OSError, ValueError, EOFError) as error:
+            raise KAFError(
+                f"{path} cannot be read ({error}). Delete it and run again: it will be made anew."
+            ) from error
+        with self._lock:
+            self._open[path] = (rows, slices)
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return rows, slices
+
+    def _write(self, path: Path, rows: np.ndarray) -> None:
+        """Write a file and remove what an earlier version of the image left."""
+        atomic_write(path, lambda handle: np.save(handle, rows))
+        stem = path.name.rsplit(".", 2)[0]
+        for old in path.parent.iterdir():
+            if old != path and old.name.rsplit(".", 2)[0] == stem:
+                old.unlink(missing_ok=True)
+
+    def _record_type(self, channels: int) -> np.dtype[np.void]:
+        dims = len(self.patch_size)
+        samples = channels * (2 * DESCRIPTOR_SHAPE[dims][0] + 1) ** dims
+        return np.dtype(
+            [("slice", "<i4"), ("score", "<f4"), ("coords", "<f4", (dims,)), ("descriptor", "<f2", (samples,))]
+        )
+
+    def _describe(self, image: Tensor, coords: Tensor) -> Tensor:
+        """Describe the points (n, D) of an image (1, C, *S): (n, E)."""
+        radius, step = DESCRIPTOR_SHAPE[len(self.patch_size)]
+        spacing = torch.tensor(self.spacing, device=image.device)
+        return patch_descriptors(image, coords.unsqueeze(0), spacing, step * min(self.spacing), radius).squeeze(0)
+
+    def _detect(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Detect in an image (1, C, *S), window by window: coordinates (n, D) and scores (n,), strongest first."""
+        shape = image.shape[2:]
+        coords, scores = [], []
+        for core in _windows(shape, self.patch_size):
+            halo = [math.ceil(self._reach_mm() / s) + 2 for s in self.spacing]
+            box = [slice(max(0, c.start - h), min(n, c.stop + h)) for c, h, n in zip(core, halo, shape, strict=True)]
+            window = image[(slice(None), slice(None), *box)]
+            found = self._detector(window.shape[2:]).to(image.device)(window)
+            points = found.coords[0] + torch.tensor([float(b.start) for b in box], device=image.device)
+            keep = found.valid[0].clone()
+            for axis, part in enumerate(core):
+                keep &= (points[:, axis] >= part.start) & (points[:, axis] < part.stop)
+            coords.append(points[keep])
+            scores.append(found.score[0][keep])
+        order = torch.cat(scores).argsort(descending=True, stable=True)
+        return torch.cat(coords)[order], torch.cat(scores)[order]
+
+    def _detector(self, shape: Sequence[int]) -> KeypointDetector:
+        """Build the network's detector for a window: as many points per volume as in a patch, times `OVERSAMPLING`."""
+        patches = max(1.0, math.prod(shape) / math.prod(self.patch_size))
+        count = min(math.prod(shape), math.ceil(OVERSAMPLING * self.config.num_keypoints * patches))
+        return KeypointDetector(replace(self.config, num_keypoints=count), self.spacing)
+
+    def _reach_mm(self) -> float:
+        """Distance in mm from which intensities influence a response: three standard deviations of every blur."""
+        scales = [0.0, *self.config.detection_scales]
+        steps = [math.sqrt(b**2 - a**2) for a, b in pairwise(scales)]
+        return 3 * sum(steps) * min(self.spacing)
+
+
+def _windows(shape: Sequence[int], patch_size: Sequence[int]) -> list[tuple[slice, ...]]:
+    """Split an image into windows of about the size of a patch that cover every voxel once."""
+    axes = []
+    for size, patch in zip(shape, patch_size, strict=True):
+        edges = np.linspace(0, size, max(1, round(size / patch)) + 1).round().astype(int).tolist()
+        axes.append([slice(a, b) for a, b in pairwise(edges)])
+    grids = np.meshgrid(*[np.arange(len(a)) for a in axes], indexing="ij")
+    return [
+        tuple(axis[int(i)] for axis, i in zip(axes, index, strict=True))
+        for index in np.stack(grids, -1).reshape(-1, len(axes))
+    ]

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnunetv2_kaf.errors import KAFError
+from pretraining.objectives import pairwise
+
+
+def squares(values: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    return (values**2 * other).sum(1), other.any(1)
+
+
+@pytest.mark.parametrize("limit", [1, 20, 30, 10**6])
+def test_chunks_give_the_same_values_and_gradients(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(7, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    other = torch.rand(7, 3, generator=g) > 0.5
+    monkeypatch.setattr(pairwise, "MAX_ELEMENTS", limit)
+    sizes = []
+
+    def recorded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(a))
+        return squares(a, b)
+
+    per_pair, counted = pairwise.in_chunks(recorded, 10, values, other)
+    expected, expected_counted = squares(values, other)
+    assert sizes == {1: [1] * 7, 20: [2, 2, 2, 1], 30: [3, 3, 1], 10**6: [7]}[limit]
+    assert torch.equal(per_pair, expected)
+    assert torch.equal(counted, expected_counted)
+    weights = torch.arange(7.0, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((per_pair * weights).sum(), values)
+    assert torch.equal(gradient, torch.autograd.grad((expected * weights).sum(), values)[0])
+
+
+def test_chunks_keep_nothing_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairwise, "MAX_ELEMENTS", 2 * 50 * 50)
+    descriptors = torch.randn(8, 50, 4, requires_grad=True)
+    valid = torch.ones(8, 50, dtype=torch.bool)
+    saved: list[int] = []
+
+    def gram(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.bmm(a, a.transpose(1, 2)).exp().sum((1, 2)), b.any(1)
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pairwise.in_chunks(gram, 50 * 50, descriptors, valid)
+        assert max(saved, default=0) < 50 * 50
+        monkeypatch.setattr(pairwise, "MAX_ELEMENTS", 8 * 50 * 50)
+        pairwise.in_chunks(gram, 50 * 50, descriptors, valid)
+        assert max(saved) == 8 * 50 * 50
+
+
+def test_no_pairs_and_no_elements() -> None:
+    per_pair, counted = pairwise.in_chunks(squares, 0, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool))
+    assert per_pair.shape == counted.shape == (0,)
+
+
+def test_usable_matches() -> None:
+    valid_first = torch.tensor([[True, True, False, True]])
+    valid_second = torch.tensor([[True, False]])
+    matched, partners = pairwise.usable_matches(torch.tensor([[0, 1, 0, -1]]), valid_first, valid_second)
+    assert matched.tolist() == [[True, False, False, False]]
+    assert partners.tolist() == [[0, 2, 2, 2]]
+    matched, partners = pairwise.usable_matches(torch.full((1, 4), -1), valid_first, valid_second[:, :0])
+    assert not matched.any()
+    assert partners.tolist() == [[0] * 4]
+
+
+def test_row_mean() -> None:
+    values = torch.tensor([[1.0, 2.0, torch.inf], [torch.nan, 1.0, 1.0]], requires_grad=True)
+    mean = pairwise.row_mean(values, torch.tensor([[True, True, False], [False] * 3]))
+    assert mean.tolist() == [1.5, 0.0]
+    mean.sum().backward()  # type: ignore[no-untyped-call]
+    assert values.grad is not None
+    assert values.grad.tolist() == [[0.5, 0.5, 0.0], [0.0] * 3]
+
+
+@pytest.mark.parametrize("wrong", range(5))
+def test_shape_errors(wrong: int) -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    case = [torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), mask, torch.ones(2, 5, dtype=torch.bool), mask.long()]
+    pairwise.check_shapes(*case)
+    case[wrong] = torch.zeros(2, 6, 7) if wrong < 2 else torch.zeros(2, 4)
+    with pytest.raises(KAFError, match="matches"):
+        pairwise.check_shapes(*case)
