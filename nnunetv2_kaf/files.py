@@ -7,14 +7,19 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from nnunetv2_kaf.errors import KAFError
+
+LEFTOVER_AGE = 3600.0
+"""Seconds after which an unfinished file belongs to a process that was killed: a file is written within minutes."""
+CONTINUE = "Free some space or check the permissions, then continue the run."
 
 
 def versions() -> dict[str, str]:
@@ -28,40 +33,54 @@ def versions() -> dict[str, str]:
     return found
 
 
-def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file beside `path`, flush it to disk, then rename it over `path`.
+@contextmanager
+def replacing(path: str | Path, remedy: str = CONTINUE) -> Iterator[Path]:
+    """Let the block write a file beside `path`, then flush it to disk and rename it over `path`.
 
     Args:
-        path: file; its folder is made if it is missing.
-        write: writes the content to a binary handle.
+        path: The file. Its folder is made if it is missing.
+        remedy: What the user can do if it cannot be written; ends the message of the error.
+
+    Yields:
+        The file to write. It is gone after the block, also after an error; `sweep` removes what a killed process left.
 
     Raises:
-        KAFError: the file could not be written; a file that was at `path` before is untouched.
+        KAFError: The file could not be written; a file that was at `path` before is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as handle:
-            write(handle)
-            handle.flush()
+        yield temporary
+        with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except KAFError:
+        raise
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise KAFError(
             f"could not save {path}: {error}. Free on that disk: {_free_space(path.parent)}. The previous file of this "
-            "name, if there was one, is untouched. Free some space or check the permissions, then continue the run."
+            f"name, if there was one, is untouched. {remedy}"
         ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def atomic_save(obj: object, path: str | Path) -> None:
-    """`torch.save` that leaves either the old file or the complete new one.
+def sweep(folder: Path, older_than: float = LEFTOVER_AGE) -> None:
+    """Remove the unfinished files that killed processes left in a folder and the folders in it.
+
+    Args:
+        folder: Where `replacing` wrote; it may be missing.
+        older_than: Seconds since the last change. Younger files may belong to a process that is writing them.
 
     Raises:
-        KAFError: as `atomic_write`.
+        OSError: A file cannot be removed.
     """
-    atomic_write(path, lambda handle: torch.save(obj, handle))
+    for leftover in folder.rglob(".*.tmp"):
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - leftover.stat().st_mtime >= older_than:
+                leftover.unlink()
 
 
 def file_sha256(path: str | Path) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import replacing, sweep
 from nnunetv2_kaf.plans import check_configuration, is_kaf, kaf_plans, pretraining_folder
 from nnunetv2_kaf.schedule import WarmupPolyLRScheduler
 from nnunetv2_kaf.weights import LoadReport, load_encoder
@@ -132,6 +133,8 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
 
         A trainer that is initialised already continues a training (`--c`) or was given `-pretrained_weights`.
         """
+        if self.local_rank == 0:
+            sweep(Path(self.output_folder), older_than=0)
         if not self.was_initialized:
             self.initialize()
             self._record(self._load_pretraining())
@@ -145,17 +148,11 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         Raises:
             KAFError: the file could not be written.
         """
-        temporary = f"{filename}.tmp"
-        try:
-            super().save_checkpoint(temporary)
-            if os.path.isfile(temporary):
-                os.replace(temporary, filename)
-        except (OSError, RuntimeError) as error:
-            Path(temporary).unlink(missing_ok=True)
-            raise KAFError(
-                f"could not save {filename}: {error}. The previous checkpoint is untouched. Free some disk space, then "
-                "continue with --c."
-            ) from error
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)  # writes nothing
+            return
+        with replacing(filename, "Free some disk space, then continue with --c.") as temporary:
+            super().save_checkpoint(str(temporary))
 
     def _load_pretraining(self) -> LoadReport:
         path, why = self._find_pretraining()

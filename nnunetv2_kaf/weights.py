@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nnunetv2_kaf.channels import repeat_input_channels
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.files import atomic_save, file_sha256, versions
+from nnunetv2_kaf.files import file_sha256, replacing, versions
 from nnunetv2_kaf.plans import is_kaf, resolve_configuration
 from nnunetv2_kaf.unet import KAFUNet
 
@@ -104,7 +104,8 @@ def save_pretraining_checkpoint(
         "pretraining": dict(pretraining),
         "versions": versions(),
     }
-    atomic_save(checkpoint, path)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(checkpoint, file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

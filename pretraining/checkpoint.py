@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.files import atomic_save, versions
+from nnunetv2_kaf.files import replacing, sweep, versions
 from nnunetv2_kaf.weights import save_pretraining_checkpoint
 from pretraining.config import PretrainConfig
 from pretraining.loop import TrainingState
@@ -73,7 +73,8 @@ def save_latest(path: Path, state: TrainingState, config: PretrainConfig, identi
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "versions": versions(),
     }
-    atomic_save(checkpoint, path)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(checkpoint, file)
 
 
 def load_latest(
@@ -156,8 +157,7 @@ def tidy(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        sweep(folder, older_than=0)
     except OSError as error:
         raise KAFError(f"{folder}: the folder cannot be made or written to ({error}). Choose with --output.") from error
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +13,13 @@ import torch
 from tqdm import tqdm
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import sweep
 from pretraining import distributed
 from pretraining.config import PretrainConfig
 from pretraining.data.bad_images import BadImages, read_whole
 from pretraining.data.cases import collect_images
 from pretraining.data.images import PreprocessedImages
 from pretraining.data.patients import group_by_patient
-from pretraining.data.preprocess import LEFTOVER_AGE
 from pretraining.monitoring.monitor import PAIRS_AT_ONCE, STREAM, hold_out
 from pretraining.pairs.keypoint_cache import KeypointCache
 from pretraining.pairs.loader import PairLoader
@@ -127,10 +125,7 @@ def cache_keypoints(
     Returns:
         The usable cases; ``bad`` knows the others.
     """
-    for leftover in cache.folder.rglob(".*.tmp"):  # of runs that were killed; those of other runs are young
-        with suppress(FileNotFoundError):  # another process was faster
-            if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE:
-                leftover.unlink()
+    sweep(cache.folder)
     missing = [case for case in cases if not cache.path(case, images.path(case)).is_file()]
     if missing:
         logger.info(
@@ -156,6 +151,7 @@ def cache_keypoints(
                 disable=not missing,
             )
         )
+    cache.remove_outdated(cache.path(case, images.path(case)) for case in missing if case not in unusable)
     return [case for case in cases if case not in unusable]
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import replacing
 
 THREADS_VARIABLE = "LOW_LABEL_THREADS"
 INTERNAL = "low_label:"
@@ -135,11 +136,8 @@ def main() -> None:
 
 
 def _write(record: Mapping[str, Any], path: str) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record) + "\n")
-    os.replace(temporary, target)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":  # spawned processes import this file

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.files import atomic_write
+from nnunetv2_kaf.files import replacing
 from pretraining.data.bad_images import BadImages
 from pretraining.data.images import PreprocessedImages
 from pretraining.data.patients import patient_of, split_by_patients
@@ -155,6 +155,7 @@ def _create_splits(identifiers: list[str], path: Path) -> list[dict[str, list[st
             f"Use --fold all, or write your own split to {path}."
         )
     splits: list[dict[str, list[str]]] = generate_crossval_split(list(np.sort(identifiers)), seed=12345, n_splits=5)
-    atomic_write(path, lambda handle: handle.write(json.dumps(splits, sort_keys=True, indent=4).encode()))
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(splits, sort_keys=True, indent=4))
     logger.info("Created nnU-Net's default five-fold split: %s", path)
     return splits

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import sys
-import threading
-import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import blosc2
 import numpy as np
 from tqdm import tqdm
 
-from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import replacing, sweep
 from pretraining.data.bad_images import BadImages
 from pretraining.data.raw import RawSource
 from pretraining.data.raw_checks import describe, inspect_case
@@ -28,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Counted up when cached images have to be made again."""
-LEFTOVER_AGE = 3600
-"""Seconds after which an unfinished file belongs to a run that was killed: one is written within seconds."""
 UNUSUAL_SPACING = 2.0
 """A spacing that differs from the plans' by more than this factor is mentioned in the log."""
 
@@ -147,7 +143,7 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
     preprocessor = Preprocessor(task)
     folder = cache_folder(task) / source.key
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
+    sweep(folder)
     targets = {case: preprocessor.target(source, case) for case in source.cases}
     todo = [case for case, target in targets.items() if not target.is_file()]
     spacings: dict[str, tuple[float, ...]] = {}
@@ -156,7 +152,6 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
         spacing = preprocessor.inspect(source.cases[case], bad)
         if spacing is not None and preprocessor.run(source.cases[case], targets[case], bad):
             spacings[case] = spacing
-            _remove_outdated(targets[case], case)
 
     if todo:
         logger.info(
@@ -168,6 +163,7 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
             task.dataset_name,
         )
     _in_threads(work, todo, num_workers, source.key)
+    _remove_outdated(folder, {case: targets[case] for case in spacings})
     _mention_spacings(task, source, spacings)
     return {f"{source.key}/{case}": target for case, target in targets.items() if case not in todo or case in spacings}
 
@@ -206,35 +202,24 @@ def _save(target: Path, data: np.ndarray, patch_size: tuple[int, ...]) -> None:
     )
     blocks, chunks = layout(data.shape, tuple(patch_size), data.itemsize)
     compression = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
-    temporary = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}.tmp.b2nd")
-    try:
+    with replacing(target) as temporary:
         blosc2.asarray(data, urlpath=str(temporary), mode="w", chunks=chunks, blocks=blocks, cparams=compression)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
         if not np.array_equal(blosc2.open(urlpath=str(temporary), mode="r", dparams={"nthreads": 1})[:], data):
             raise OSError("the file differs from what was written")
-        os.replace(temporary, target)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise KAFError(f"{target} cannot be written ({describe(error)}). Is the disk full or read-only?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove unfinished files of runs that were killed; those of a run that is going on are young."""
-    for path in folder.glob("*.tmp.b2nd"):
-        try:
-            if time.time() - path.stat().st_mtime > LEFTOVER_AGE:
-                path.unlink()
-        except FileNotFoundError:
-            pass  # another process was faster
+def _remove_outdated(folder: Path, current: Mapping[str, Path]) -> None:
+    """Remove earlier results of cases, made from another version of their files or with other plans.
 
-
-def _remove_outdated(target: Path, case: str) -> None:
-    """Remove earlier results of a case, made from another version of its files or with other plans."""
-    pattern = re.compile(rf"{re.escape(case)}-[0-9a-f]{{16}}\.b2nd")
-    for path in target.parent.iterdir():
-        if pattern.fullmatch(path.name) and path.name != target.name:
+    Args:
+        folder: Of the source.
+        current: Valid file by case, of the cases that were preprocessed now.
+    """
+    if not current:
+        return
+    for path in folder.iterdir():
+        named = re.fullmatch(r"(.*)-[0-9a-f]{16}\.b2nd", path.name)
+        if named and named[1] in current and path != current[named[1]]:
             path.unlink(missing_ok=True)
 
 

@@ -19,11 +19,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.files import atomic_save, file_sha256
+from nnunetv2_kaf.files import file_sha256, replacing
 from nnunetv2_kaf.plans import NETWORK_CLASS, resolve_configuration
 from nnunetv2_kaf.weights import read_checkpoint
 
@@ -70,7 +71,8 @@ def export_nnssl(
         "nnssl_adaptation_plan": plan,
         "nnunetv2_kaf": {**provenance, "sha256": file_sha256(checkpoint), "pretraining": options},
     }
-    atomic_save(exported, out)
+    with replacing(out) as temporary, temporary.open("wb") as file:
+        torch.save(exported, file)
     return plan
 
 

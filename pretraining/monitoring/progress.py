@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import replacing
 from pretraining.config import COMPONENTS
 
 logger = logging.getLogger(__name__)
@@ -70,14 +70,11 @@ def plot_progress(history: Sequence[Mapping[str, float]], path: Path) -> None:
     figure = draw_progress(history)
     if figure is None:
         return
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(temporary, format="png", dpi=100)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        logger.warning("Could not write %s: %s", path, error)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=100)
+    except KAFError as error:
+        logger.warning("No curves were drawn: %s", error)
 
 
 def draw_progress(history: Sequence[Mapping[str, float]]) -> Figure | None:

@@ -12,7 +12,7 @@ import json
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.files import atomic_write
+from nnunetv2_kaf.files import replacing
 from nnunetv2_kaf.keypoints import KeypointDetector
 from pretraining.pairs.descriptors import patch_descriptors
 
@@ -110,7 +110,8 @@ class KeypointCache:
             record["slice"], record["coords"], record["score"] = index, coords.cpu().numpy(), score.cpu().numpy()
             record["descriptor"] = self._describe(single.unsqueeze(0), coords).cpu().numpy()
             records.append(record)
-        self._write(self.path(case, image_path), np.concatenate(records))
+        with replacing(self.path(case, image_path)) as temporary, temporary.open("wb") as file:
+            np.save(file, np.concatenate(records))
 
     def read(self, case: str, image_path: Path, slice_index: int | None) -> SourceKeypoints:
         """Read the points of a slice (2D) or of the volume (``None``, 3D).
@@ -142,13 +143,17 @@ class KeypointCache:
                 self._open.popitem(last=False)
         return rows, slices
 
-    def _write(self, path: Path, rows: np.ndarray) -> None:
-        """Write a file and remove what an earlier version of the image left."""
-        atomic_write(path, lambda handle: np.save(handle, rows))
-        stem = path.name.rsplit(".", 2)[0]
-        for old in path.parent.iterdir():
-            if old != path and old.name.rsplit(".", 2)[0] == stem:
-                old.unlink(missing_ok=True)
+    def remove_outdated(self, current: Iterable[Path]) -> None:
+        """Remove the points of earlier versions of images.
+
+        Args:
+            current: Files of the images as they are now, from `path`.
+        """
+        valid = {(path.parent, _stem(path)): path for path in current}
+        for folder in {folder for folder, _ in valid}:
+            for path in folder.glob("*.npy"):
+                if valid.get((folder, _stem(path)), path) != path:
+                    path.unlink(missing_ok=True)
 
     def _record_type(self, channels: int) -> np.dtype[np.void]:
         dims = len(self.patch_size)
@@ -192,6 +197,11 @@ class KeypointCache:
         scales = [0.0, *self.config.detection_scales]
         steps = [math.sqrt(b**2 - a**2) for a, b in pairwise(scales)]
         return 3 * sum(steps) * min(self.spacing)
+
+
+def _stem(path: Path) -> str:
+    """The case in the name of a file of the cache, which ends with a stamp and .npy."""
+    return path.name.rsplit(".", 2)[0]
 
 
 def _windows(shape: Sequence[int], patch_size: Sequence[int]) -> list[tuple[slice, ...]]:

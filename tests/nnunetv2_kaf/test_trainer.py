@@ -252,7 +252,10 @@ def test_resumed_and_externally_initialised_trainings_are_left_alone(
     resumed = make()
     resumed.load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
     before = record.read_text()
+    leftover = Path(resumed.output_folder) / ".checkpoint_latest.pth.1-1.tmp"
+    leftover.write_text("half")
     resumed.on_train_start()
+    assert not leftover.exists()
     assert record.read_text() == before
     assert resumed.current_epoch == 5
     assert all(torch.equal(a, b) for a, b in zip(resumed.network.parameters(), first.network.parameters(), strict=True))
@@ -276,7 +279,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(make: Make, monkeypatch: pytes
     with pytest.raises(KAFError, match=r"could not save .*checkpoint_latest\.pth.*No space left.*--c"):
         trainer.save_checkpoint(str(file))
     assert file.read_bytes() == before
-    assert list(tmp_path.glob("*.tmp")) == []
+    assert [p.name for p in tmp_path.glob("*checkpoint*")] == ["checkpoint_latest.pth"]
 
 
 def test_checkpoint_stores_the_substituted_plans(make: Make, tmp_path: Path) -> None:

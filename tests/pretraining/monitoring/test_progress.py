@@ -101,20 +101,17 @@ def test_draws_nothing_from_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("folder", ["no such folder", "a file"])
-def test_a_plot_that_cannot_be_written_does_not_end_the_run(
-    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_plot_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a file").touch()
-    plot_progress([record(1)], tmp_path / folder / "progress.png")
-    assert "Could not write" in caplog.text
+    plot_progress([record(1)], tmp_path / "a file" / "progress.png")
+    assert "No curves were drawn" in caplog.text
 
 
 def test_a_plot_that_cannot_be_moved_keeps_the_earlier_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "progress.png").mkdir()
     plot_progress([record(1)], tmp_path / "progress.png")
     assert [p.name for p in tmp_path.iterdir()] == ["progress.png"]
-    assert "Could not write" in caplog.text
+    assert "No curves were drawn" in caplog.text
 
 
 def test_leaves_the_random_state_alone(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_another_option_or_image_is_another_file(tmp_path: Path, make_texture: T
     with pytest.raises(KAFError, match="cannot be read"):
         cache.read("a", path, 0)
     cache.create("a", path, image, CPU)
+    cache.remove_outdated([cache.path("a", path)])
     assert not first.exists()
     assert [p.name for p in cache.folder.iterdir()] == [cache.path("a", path).name]
 
@@ -108,7 +109,13 @@ def test_names_with_folders_and_dots(tmp_path: Path, make_texture: Texture) -> N
     cache.create("folder/case.12", path, image, CPU)
     cache.create("folder/case", path, image, CPU)
     assert len(cache.read("folder/case.1", path, 1).coords) > 0
-    assert len(list((cache.folder / "folder").iterdir())) == 3
+    before = {name: cache.path(name, path) for name in ("folder/case.1", "folder/case.12", "folder/case")}
+    assert set((cache.folder / "folder").iterdir()) == set(before.values())
+    os.utime(path, ns=(1, 1))
+    cache.create("folder/case.1", path, image, CPU)
+    cache.remove_outdated([cache.path("folder/case.1", path)])
+    after = {**before, "folder/case.1": cache.path("folder/case.1", path)}
+    assert set((cache.folder / "folder").iterdir()) == set(after.values())
 
 
 def test_a_full_disk_leaves_nothing_half_written(
