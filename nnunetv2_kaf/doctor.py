@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -239,6 +240,16 @@ def format_table(checks: Sequence[Check]) -> str:
     return "\n".join(lines)
 
 
+def format_json(checks: Sequence[Check]) -> str:
+    """The checks as a JSON object: the version of this package, how many checks failed, and every check."""
+    try:
+        own = version("nnunetv2-kaf")
+    except PackageNotFoundError:
+        own = None
+    broken = sum(check.status == "fail" for check in checks)
+    return json.dumps({"nnunetv2-kaf": own, "failed": broken, "checks": [asdict(check) for check in checks]}, indent=2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line.
 
@@ -256,8 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--timeout", type=float, default=300.0, help="seconds that a check may take before it fails (default: 300)"
     )
+    parser.add_argument("--json", action="store_true", help="write the checks as JSON instead of a table")
     options = parser.parse_args(argv)
     sys.stderr.write("Checking; the import of torch can take a minute.\n")
     checks = run_checks(options.timeout, with_compile=not options.no_compile)
-    sys.stdout.write(format_table(checks) + "\n")
+    sys.stdout.write((format_json(checks) if options.json else format_table(checks)) + "\n")
     return int(any(check.status == "fail" for check in checks))

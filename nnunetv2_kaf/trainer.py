@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +21,7 @@ from torch import nn
 
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.expected_end import expected_end
 from nnunetv2_kaf.files import replacing, sweep
 from nnunetv2_kaf.plans import check_configuration, is_kaf, kaf_plans, pretraining_folder
 from nnunetv2_kaf.schedule import WarmupPolyLRScheduler
@@ -61,6 +64,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.schedule_epochs is not None:
             self.num_epochs = self.schedule_epochs
+        self._epoch_seconds: list[float] = []
         self._use_plans(self._substitute(plans))
         self.kaf_config = check_configuration(plans, configuration)
 
@@ -141,6 +145,20 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         elif self.current_epoch == 0:
             self._record(LoadReport(None, None, {}, "weights given to nnU-Net with -pretrained_weights"))
         super().on_train_start()
+
+    def on_epoch_start(self) -> None:
+        """See nnU-Net."""
+        super().on_epoch_start()
+        self._epoch_start = time.monotonic()
+
+    def on_epoch_end(self) -> None:
+        """See nnU-Net; logs when the training is expected to end."""
+        super().on_epoch_end()
+        self._epoch_seconds.append(time.monotonic() - self._epoch_start)
+        left = self.num_epochs - self.current_epoch
+        if left > 0:
+            end = expected_end(self._epoch_seconds, left, datetime.now())
+            self.print_to_log_file(f"KAF: expected end of the training: {end}")
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint, written beside the old one and then renamed: a full disk never costs the last one.

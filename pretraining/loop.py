@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -166,7 +165,7 @@ class Trainer:
         return sums
 
     def epoch(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Run the rest of the current epoch and show a progress bar.
+        """Run the rest of the current epoch; on a terminal a bar shows the time left of the whole run.
 
         Args:
             batches: from the current step on.
@@ -178,13 +177,14 @@ class Trainer:
         config, state = self.config, self.state
         state.model.train()
         epoch, done = divmod(state.step, config.iterations)
+        # Over all epochs, so that the time left is that of the run; None: on a terminal only.
         with tqdm(
-            total=config.iterations,
-            initial=done,
+            total=config.epochs * config.iterations,
+            initial=state.step,
             desc=f"epoch {epoch + 1}/{config.epochs}",
             leave=False,
-            mininterval=0.1 if sys.stderr.isatty() else 30,
-            disable=distributed.rank() > 0,
+            unit="step",
+            disable=True if distributed.rank() > 0 else None,
         ) as bar:
             while done < config.iterations:
                 for name, value in self.step(batches).items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -147,8 +146,8 @@ def cache_keypoints(
                 total=len(missing),
                 desc="keypoints",
                 leave=False,
-                mininterval=0.1 if sys.stderr.isatty() else 30,
-                disable=not missing,
+                unit="image",
+                disable=None if missing else True,  # None: on a terminal only
             )
         )
     cache.remove_outdated(cache.path(case, images.path(case)) for case in missing if case not in unusable)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -178,8 +177,7 @@ def _in_threads(work: Any, cases: list[str], num_workers: int, name: str) -> Non
                 desc=name,
                 total=len(futures),
                 unit="image",
-                mininterval=0.1 if sys.stderr.isatty() else 30,
-                disable=not futures,
+                disable=None if futures else True,  # None: on a terminal only
             )
             for future in done:
                 future.result()

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.safe_load import load_safely
 from nnunetv2_kaf.weights import FORMAT, check_format
 
 CONVOLUTIONAL = ("encoder.stem.", "encoder.stages.")
@@ -42,7 +40,7 @@ def read_weights(path: str | Path) -> Source:
         KAFError: the file is missing, truncated, unsafe to load, of an unknown kind, or holds no UNet encoder.
     """
     path = Path(path)
-    checkpoint = load_safely(path)
+    checkpoint = load_safely(path, "--init")
     kind = _kind(checkpoint, path)
     weights = {_unwrapped(k): v for k, v in checkpoint["network_weights"].items() if isinstance(v, Tensor)}
     if "nnssl_adaptation_plan" in checkpoint:
@@ -55,27 +53,6 @@ def read_weights(path: str | Path) -> Source:
             "ResidualEncoderUNet (ResEnc-L) or a KAFUNet."
         )
     return Source(kind, weights)
-
-
-def load_safely(path: Path) -> dict[str, Any]:
-    """Load a checkpoint without running code from it.
-
-    Besides tensors and primitives, nnU-Net's checkpoints hold numpy scalars; these, and nothing else, are allowed.
-
-    Raises:
-        KAFError: the file is missing, truncated, or holds objects of other classes.
-    """
-    if not path.is_file():
-        raise KAFError(f"--init {path}: the file does not exist. Correct the path.")
-    allowed = _numpy_scalars()
-    try:
-        with allowed:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch raise many types for damaged files
-        raise KAFError(_unreadable(path, error)) from error
-    if not isinstance(checkpoint, dict):
-        raise KAFError(f"--init {path}: found a {type(checkpoint).__name__}, expected a checkpoint (a dict).")
-    return checkpoint
 
 
 def _kind(checkpoint: Mapping[str, Any], path: Path) -> str:
@@ -135,34 +112,3 @@ def _from_nnssl(weights: Mapping[str, Tensor], plan: Any, path: Path) -> dict[st
 def _unwrapped(name: str) -> str:
     """The name without the prefixes that DistributedDataParallel and torch.compile add."""
     return re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-
-
-def _numpy_scalars() -> AbstractContextManager[Any]:
-    """Allow numpy scalars in `torch.load`, under the names that numpy 1 and numpy 2 give them."""
-    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
-        raise KAFError(
-            f"--init needs torch 2.6 or newer to read checkpoints safely; found {torch.__version__}. Update it."
-        )
-    scalar: Any = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)]
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    return torch.serialization.safe_globals([*[(scalar, name) for name in names], np.dtype, *dtypes])
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    """Why a file cannot be loaded."""
-    try:
-        with _numpy_scalars():
-            classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a checkpoint at all
-        classes = []
-    if classes:
-        return (
-            f"--init {path} holds objects besides tensors, numbers and text ({', '.join(sorted(classes)[:5])}); "
-            "loading them could run code of the file, so it is not read. If you trust its origin, load it there and "
-            "save its network_weights alone with torch.save({'network_weights': ...}, file)."
-        )
-    return (
-        f"--init {path} ({path.stat().st_size} bytes) cannot be read as a checkpoint; it is truncated or of another "
-        f"kind ({type(error).__name__}). Copy it again, or name another file."
-    )

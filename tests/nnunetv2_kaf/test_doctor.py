@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,15 @@ def test_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     monkeypatch.setattr(doctor, "run_checks", lambda timeout, with_compile: [Check("x", status, "y", "z")])
     assert doctor.main(["--no-compile"]) == code
     assert status.upper() in capsys.readouterr().out
+
+
+def test_json_holds_every_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [Check("a", "ok", "1"), Check('"b"', "fail", "<2>", "do this")]
+    monkeypatch.setattr(doctor, "run_checks", lambda timeout, with_compile: found)
+    assert doctor.main(["--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["failed"] == 1
+    assert [Check(**check) for check in answer["checks"]] == found
 
 
 def test_run_checks_asks_three_interpreters_and_two_without_compile(monkeypatch: pytest.MonkeyPatch) -> None:

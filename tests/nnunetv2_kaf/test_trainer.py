@@ -312,3 +312,18 @@ def test_schedule_variants(base: str, epochs: int, make: Make) -> None:
     assert trainer.num_epochs == epochs
     assert trainer.use_pretraining == (base == "nnUNetTrainerKAF")
     assert Path(trainer.output_folder_base).name == f"{name}__nnUNetPlans__2d"
+
+
+def test_the_log_tells_the_expected_end_until_the_last_epoch(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    trainer.num_epochs = 2
+
+    def end(self: nnUNetTrainerKAF) -> None:
+        self.current_epoch += 1
+
+    monkeypatch.setattr(trainer_module.nnUNetTrainer, "on_epoch_start", lambda self: None)
+    monkeypatch.setattr(trainer_module.nnUNetTrainer, "on_epoch_end", end)
+    for _ in range(2):
+        trainer.on_epoch_start()
+        trainer.on_epoch_end()
+    assert log(trainer).count("expected end of the training") == 1

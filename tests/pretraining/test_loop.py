@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -177,3 +178,20 @@ def test_exploding_gradients_stop_too(tiny: Any, make_loader: Make, tmp_path: Pa
     with pytest.raises(KAFError, match="gradient"):
         trainer.step(repeat(loader.batch(0)))
     assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_shows_the_time_left_of_the_run_on_a_terminal_only(
+    tiny: Any, make_loader: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    class Stderr(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    stderr = Stderr()
+    monkeypatch.setattr("sys.stderr", stderr)
+    tiny.add_cases(4)
+    trainer, loader = setup(make_loader, "2d", tmp_path, epochs=2, iterations=2)
+    trainer.epoch(repeat(loader.batch(0)), lambda: False)
+    shown = stderr.getvalue()
+    assert ("epoch 1/2" in shown and "/4 [" in shown) if terminal else shown == ""
