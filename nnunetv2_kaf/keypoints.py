@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunetv2_kaf.config import KAFConfig
+from nnunetv2_kaf.coordinates import voxel_index
 from nnunetv2_kaf.errors import KAFError
 
 # Responses below this fraction of the largest intensity are rounding of the blur, not structure.
@@ -131,8 +132,31 @@ class KeypointDetector(nn.Module):
         coords = torch.stack(axes[::-1], dim=-1).float() * valid.unsqueeze(-1)
         return Keypoints(coords.reshape(batch, self.num_keypoints, len(shape)), valid, score)
 
+    @torch.no_grad()
+    def scales(self, image: Tensor, keypoints: Keypoints) -> Tensor:
+        """At which scale each keypoint was found, for pictures; `forward` needs no scales.
+
+        Args:
+            image: (B, C, *S), in which the keypoints were detected.
+            keypoints: of the same batch.
+
+        Returns:
+            (B, K) long: index of the finer one of the two blurs whose difference is an extremum; 0 for invalid points.
+        """
+        precision = torch.float64 if image.device.type == "cuda" else torch.float32
+        with _no_autocast(image.device.type):
+            channels = torch.stack([image[:, c] for c in self.channels], dim=1).to(precision)
+            extrema = self._extrema(channels).flatten(2)
+        index = voxel_index(keypoints.coords, image.shape[2:], [1] * self.ndim)
+        found = extrema.gather(2, index.unsqueeze(1).expand(-1, extrema.shape[1], -1))
+        return found.argmax(dim=1) * keypoints.valid
+
     def _scores(self, channels: Tensor) -> Tensor:
         """(B, C, *S) -> (B, *S): response where a voxel is an extremum in space and scale, else 0."""
+        return self._extrema(channels).amax(dim=1)
+
+    def _extrema(self, channels: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, scales - 1, *S): response where a voxel is an extremum in space and scale, else 0."""
         spatial = list(range(2, channels.ndim))
         deviation = channels.std(dim=spatial, keepdim=True, correction=0).float()
         floor = channels.abs().amax(dim=spatial, keepdim=True).float() * _ROUNDING
@@ -145,7 +169,7 @@ class KeypointDetector(nn.Module):
         for axis in range(1, response.ndim):  # the first one is the scale
             neighbourhood = _neighbourhood_max(neighbourhood, axis)
         extremum = (response > 0) & (response >= neighbourhood)
-        return torch.where(extremum, response, 0.0).amax(dim=1)
+        return torch.where(extremum, response, 0.0)
 
     def _difference_of_gaussians(self, channels: Tensor) -> Tensor:
         """(B, C, *S) -> (B, C, scales - 1, *S), absolute values."""
