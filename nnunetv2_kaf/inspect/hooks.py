@@ -1,6 +1,6 @@
 """See inside a `KAFUNet`: keypoints and their scales, attention, and what the fusion adds, as arrays.
 
-    with Inspection(network) as seen:
+    with inspect.Inspection(network) as seen:
         logits = network(image)
     seen.levels[1].attention  # (B, blocks, heads, K, K)
 

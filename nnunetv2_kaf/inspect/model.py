@@ -1,0 +1,205 @@
+"""The folder of an nnU-Net training, read without running code from its files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.plans import is_kaf, resolve_configuration
+from nnunetv2_kaf.safe_load import load_safely
+
+FINAL = "checkpoint_final.pth"
+INITIALIZATION_FILE = "kaf_initialization.json"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One training of a model.
+
+    Attributes:
+        name: of the fold, a number or "all".
+        folder: where it lies.
+        weights: of the network.
+        logging: what nnU-Net recorded per epoch: train_losses, val_losses, ema_fg_dice, lrs, time stamps, ...
+        initialization: what the training started from, as nnUNetTrainerKAF recorded it; empty for other trainers.
+    """
+
+    name: str
+    folder: Path
+    weights: Mapping[str, Tensor]
+    logging: Mapping[str, Sequence[Any]]
+    initialization: Mapping[str, Any]
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of all epochs, without pauses; None if they were not recorded."""
+        starts, ends = (self.logging.get(f"epoch_{word}_timestamps", []) for word in ("start", "end"))
+        return float(sum(b - a for a, b in zip(starts, ends, strict=False))) if ends else None
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model folder of nnU-Net.
+
+    Attributes:
+        folder: holds plans.json, dataset.json and the folds.
+        plans: as saved with the model.
+        dataset_json: as saved with the model.
+        configuration: that was trained.
+        trainer: its class name.
+        mirror_axes: of test-time mirroring, None for none.
+        folds: at least one.
+    """
+
+    folder: Path
+    plans: Mapping[str, Any]
+    dataset_json: Mapping[str, Any]
+    configuration: str
+    trainer: str
+    mirror_axes: tuple[int, ...] | None
+    folds: tuple[Fold, ...]
+
+    @property
+    def is_kaf(self) -> bool:
+        """Whether the network has keypoint layers."""
+        return is_kaf(self.plans, self.configuration)
+
+    @property
+    def is_cascade(self) -> bool:
+        """Whether the network also needs the prediction of an earlier stage."""
+        return resolve_configuration(self.plans, self.configuration).get("previous_stage") is not None
+
+    def manager(self) -> PlansManager:
+        """The plans in nnU-Net's form."""
+        return PlansManager(dict(self.plans))
+
+    def build(self, fold: Fold) -> nn.Module:
+        """The network with the weights of a fold, in evaluation mode.
+
+        Raises:
+            KAFError: the weights do not belong to the network that the plans describe.
+        """
+        manager = self.manager()
+        configuration = manager.get_configuration(self.configuration)
+        channels = determine_num_input_channels(manager, configuration, dict(self.dataset_json))
+        network: nn.Module = get_network_from_plans(
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            channels,
+            manager.get_label_manager(dict(self.dataset_json)).num_segmentation_heads,
+            allow_init=False,
+            deep_supervision=False,
+        )
+        try:
+            network.load_state_dict(dict(fold.weights))
+        except RuntimeError as error:
+            raise KAFError(
+                f"{fold.folder}: its weights do not fit the {type(network).__name__} of {self.folder / 'plans.json'} "
+                f"({str(error).splitlines()[-1].strip()}). The trainer {self.trainer} builds another network than its "
+                "plans describe, which is not read here; use a model whose plans name its network."
+            ) from error
+        return network.eval()
+
+
+def open_model(folder: str | Path, folds: Sequence[str] | None = None, checkpoint: str = FINAL) -> TrainedModel:
+    """Read a model folder of nnU-Net, of `nnUNetTrainerKAF` or any trainer whose plans name its network.
+
+    Args:
+        folder: TRAINER__PLANS__CONFIGURATION in nnUNet_results.
+        folds: names of the folds; None = all that have the checkpoint.
+        checkpoint: file name in the folds' folders.
+
+    Raises:
+        KAFError: no such folder, no plans, no finished fold, or a file that cannot be read safely.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise KAFError(f"{folder} does not exist or is no folder. Give a model folder: TRAINER__PLANS__CONFIGURATION.")
+    plans, dataset_json = (_read_json(folder / f"{name}.json") for name in ("plans", "dataset"))
+    files = _fold_files(folder, folds, checkpoint)
+    contents = [load_safely(file) for file in files]
+    for file, content in zip(files, contents, strict=True):
+        missing = [key for key in ("network_weights", "trainer_name", "init_args") if key not in content]
+        if missing:
+            raise KAFError(f"{file}: found no {', '.join(missing)}; expected a checkpoint of an nnU-Net training.")
+    configuration = str(contents[0]["init_args"]["configuration"])
+    resolve_configuration(plans, configuration)
+    axes = contents[0].get("inference_allowed_mirroring_axes")
+    return TrainedModel(
+        folder=folder,
+        plans=plans,
+        dataset_json=dataset_json,
+        configuration=configuration,
+        trainer=str(contents[0]["trainer_name"]),
+        mirror_axes=None if axes is None else tuple(int(a) for a in axes),
+        folds=tuple(_fold(file, content) for file, content in zip(files, contents, strict=True)),
+    )
+
+
+def _fold(file: Path, content: Mapping[str, Any]) -> Fold:
+    record = file.parent / INITIALIZATION_FILE
+    return Fold(
+        name=file.parent.name.removeprefix("fold_"),
+        folder=file.parent,
+        weights=content["network_weights"],
+        logging=content.get("logging") or {},
+        initialization=_read_json(record) if record.is_file() else {},
+    )
+
+
+def _fold_files(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[Path]:
+    """The checkpoints to read.
+
+    Raises:
+        KAFError: there are none.
+    """
+    names = sorted((p.name.removeprefix("fold_") for p in folder.glob("fold_*") if p.is_dir()), key=_natural)
+    files = [folder / f"fold_{name}" / checkpoint for name in (names if folds is None else folds)]
+    # "all" was trained on the others' validation cases: in an ensemble only if it is asked for
+    if folds is None and len(files) > 1:
+        files = [file for file in files if file.parent.name != "fold_all"]
+    missing = [file for file in files if not file.is_file()]
+    if folds is not None and missing:
+        raise KAFError(f"{missing[0]} does not exist; folds found in {folder}: {names}. Choose with --folds.")
+    found = [file for file in files if file.is_file()]
+    if not found:
+        others = sorted({p.name for p in folder.glob("fold_*/checkpoint_*.pth")})
+        hint = f"Found {', '.join(others)}: choose with --checkpoint." if others else "Finish its training first."
+        raise KAFError(f"{folder} has no fold with {checkpoint} (folds: {names or 'none'}). {hint}")
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        KAFError: it is missing, no JSON or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise KAFError(
+            f"{path} does not exist, so {path.parent} is no model folder. Give the folder "
+            "TRAINER__PLANS__CONFIGURATION in nnUNet_results, with plans.json, dataset.json and fold_*."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise KAFError(f"{path} cannot be read as JSON ({error}). Restore the file.") from error
+    if not isinstance(content, dict):
+        raise KAFError(f"{path}: found a {type(content).__name__}, expected a JSON object. Restore the file.")
+    return content
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """Sorts "2" before "10" and "all" last."""
+    return (int(name), "") if re.fullmatch(r"\d+", name) else (10**9, name)
