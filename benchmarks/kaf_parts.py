@@ -72,8 +72,7 @@ class Inputs:
         # all valid and spread evenly, so that few neighbourhoods overlap: the most work for the sparse evaluation
         index = torch.randperm(self.voxels, generator=generator)[:num_keypoints]
         coords = torch.stack(torch.unravel_index(index, self.shape), dim=-1).float().unsqueeze(0).to(device)
-        ones = torch.ones(1, num_keypoints, device=device)
-        self.keypoints = Keypoints(coords, ones.bool(), ones)
+        self.keypoints = Keypoints(coords, torch.ones(1, num_keypoints, dtype=torch.bool, device=device))
 
 
 def build(name: str, inputs: Inputs) -> Part:
@@ -124,8 +123,7 @@ def _trained(module: nn.Module, forward: Callable[[], Tensor], inputs: Inputs, w
         module.zero_grad(set_to_none=True)
         inputs.features.grad = None
 
-    keypoints = [inputs.keypoints.coords, inputs.keypoints.valid, inputs.keypoints.score]
-    alive = [*module.parameters(), *module.buffers(), inputs.features, gradient, *keypoints]
+    alive = [*module.parameters(), *module.buffers(), inputs.features, gradient, *inputs.keypoints]
     return Part(step, alive, work)
 
 

@@ -198,9 +198,9 @@ class DetectedAnew(KeypointCache):
         else:
             plane = slice(slice_index, slice_index + 1)
             image = torch.from_numpy(self.images.read(case, (plane, slice(None), slice(None)))[:, 0])
-        coords, score = self._detect(image.unsqueeze(0))
+        coords = self._detect(image.unsqueeze(0))
         descriptors = self._describe(image.unsqueeze(0), coords)
-        return SourceKeypoints(coords.numpy(), score.numpy(), descriptors.half().numpy())
+        return SourceKeypoints(coords.numpy(), descriptors.half().numpy())
 
 
 def arms_of(loader: PairLoader) -> dict[str, Callable[[int], Callable[[], object]]]:

@@ -11,7 +11,6 @@ channels that a cascade appends are never among them.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from torch.nn import functional
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.coordinates import voxel_index
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.precision import autocast
 
 # Responses below this fraction of the largest intensity are rounding of the blur, not structure.
 _ROUNDING = 1e-4
@@ -34,12 +34,10 @@ class Keypoints(NamedTuple):
     Attributes:
         coords: (B, K, D) float32, input voxels, array order, voxel centres at integers (see `coordinates`).
         valid: (B, K) bool; invalid points have coordinate 0 and take part in nothing.
-        score: (B, K) float32, difference-of-Gaussians response in standard deviations; 0 where invalid.
     """
 
     coords: Tensor
     valid: Tensor
-    score: Tensor
 
 
 def gaussian_kernel(sigma: float) -> Tensor:
@@ -70,11 +68,6 @@ def _neighbourhood_max(x: Tensor, axis: int) -> Tensor:
     return torch.maximum(torch.maximum(x, before), after)
 
 
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    """Switches autocast off where it exists; naming another device is an error in some versions of torch."""
-    return torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else contextlib.nullcontext()
-
-
 class KeypointDetector(nn.Module):
     """The strongest K scale-space extrema of an image.
 
@@ -101,9 +94,8 @@ class KeypointDetector(nn.Module):
             for axis, mm in enumerate(spacing):
                 self.register_buffer(f"kernel_{i}_{axis}", gaussian_kernel(sigma_mm / mm), persistent=False)
 
-    @torch.no_grad()
     def forward(self, image: Tensor) -> Keypoints:
-        """Detect.
+        """Detect the keypoints of a batch.
 
         Args:
             image: (B, C, *S), any floating type; blurred in float32, on CUDA in float64.
@@ -112,14 +104,30 @@ class KeypointDetector(nn.Module):
             Keypoints of B samples; a sample's points depend on that sample alone.
 
         Raises:
-            KAFError: the image has too few channels or voxels, or the wrong number of axes.
+            KAFError: The image has too few channels or voxels, or the wrong number of axes.
+        """
+        return self.detect(image)[0]
+
+    @torch.no_grad()
+    def detect(self, image: Tensor) -> tuple[Keypoints, Tensor]:
+        """Detect the keypoints of a batch and say how strong they are.
+
+        Args:
+            image: As in `forward`.
+
+        Returns:
+            The keypoints, and their difference-of-Gaussians response (B, K) float32 in standard deviations of the
+            channel; 0 where invalid.
+
+        Raises:
+            KAFError: As in `forward`.
         """
         self._check(image)
         batch, shape = image.shape[0], image.shape[2:]
         # Extrema are small differences of blurred images: autocast would blur in half precision, and on CUDA a
         # convolution of single precision uses TF32, which has as few digits.
         precision = torch.float64 if image.device.type == "cuda" else torch.float32
-        with _no_autocast(image.device.type):
+        with autocast(image.device.type):
             # no indexing with a list: it would be copied to the device
             channels = torch.stack([image[:, c] for c in self.channels], dim=1).to(precision)
             score = self._scores(channels).flatten(1)
@@ -130,7 +138,7 @@ class KeypointDetector(nn.Module):
             axes.append(index % n)
             index = torch.div(index, n, rounding_mode="floor")
         coords = torch.stack(axes[::-1], dim=-1).float() * valid.unsqueeze(-1)
-        return Keypoints(coords.reshape(batch, self.num_keypoints, len(shape)), valid, score)
+        return Keypoints(coords.reshape(batch, self.num_keypoints, len(shape)), valid), score
 
     @torch.no_grad()
     def scales(self, image: Tensor, keypoints: Keypoints) -> Tensor:

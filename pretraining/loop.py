@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.precision import autocast
 from pretraining import distributed
 from pretraining.config import PretrainConfig
 from pretraining.objectives.losses import PretrainingLoss
@@ -110,16 +111,13 @@ class Trainer:
             unused = "bottleneck" not in config.components
             self.forward = DistributedDataParallel(self.forward, device_ids=devices, find_unused_parameters=unused)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
-
     def compute(self, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch on the device, "total" with a graph, and the share of matched keypoints.
 
         All are values of the global batch, the same on every process.
         """
         views = batch.rendered(self.patch_size)
-        with self._autocast():
+        with autocast(self.device.type, self.dtype):
             out = self.forward(views, batch.coords, batch.valid)
         values: dict[str, Tensor] = self.loss(out, batch.matches, batch.positions)
         counts = torch.stack([(batch.matches >= 0).sum(), batch.valid.chunk(2)[0].sum()]).float()

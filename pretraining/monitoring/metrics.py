@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.precision import autocast
 
 
 def recall_hits(
@@ -49,7 +50,7 @@ def recall_hits(
     """
     _check_recall(first, second, valid_second, matches, ranks)
     # A monitoring number must not depend on the precision of the training step that it is called from.
-    with torch.autocast(first.device.type, enabled=False):
+    with autocast(first.device.type):
         one, two = _unit(first), _unit(second)
         similarity = one @ two.transpose(1, 2)
     partner = matches.clamp_min(0).unsqueeze(2)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunetv2_kaf.precision import autocast
 from pretraining.monitoring.metrics import alignment, effective_rank, recall_hits, uniformity
 from pretraining.objectives.model import PretrainingModel
 from pretraining.pairs.batch import Batch
@@ -58,7 +59,7 @@ class Monitor:
         self.device = device
 
     @torch.no_grad()
-    def evaluate(self, model: PretrainingModel, autocast: torch.dtype | None) -> dict[str, float]:
+    def evaluate(self, model: PretrainingModel, dtype: torch.dtype | None) -> dict[str, float]:
         """Return the `MONITORED` values; NaN where there is nothing to measure (no match in any pair)."""
         training = model.training
         model.eval()
@@ -68,7 +69,7 @@ class Monitor:
         for batch in self.batches:
             batch = batch.to(self.device)
             views = batch.rendered(self.patch_size)
-            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+            with autocast(self.device.type, dtype):
                 descriptors, vectors = model.describe(views, batch.coords, batch.valid)
             one, two = descriptors.float().chunk(2)
             found, matched = recall_hits(one, two, batch.valid.chunk(2)[1], batch.matches)

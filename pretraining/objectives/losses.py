@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.precision import autocast
 from pretraining.config import PretrainConfig
 from pretraining.distributed import gather, sum_over_ranks
 from pretraining.objectives.model import Embeddings
@@ -153,9 +153,7 @@ class PretrainingLoss(nn.Module):
             KAFError: if the embedding of an active component is missing.
         """
         weights = self.config.components
-        device = positions.device.type
-        # Naming another device is an error in some versions of torch.
-        with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else contextlib.nullcontext():
+        with autocast(positions.device.type):
             losses: dict[str, Tensor] = {}
             if "bottleneck" in weights or "keypoints" in weights:
                 positives = self._positives(_gather_views(positions))

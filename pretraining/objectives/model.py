@@ -106,5 +106,5 @@ class PretrainingModel(nn.Module):
         """Return the maps of all encoder levels and, of a `KAFEncoder`, the tokens of its layers."""
         if not isinstance(self.encoder, KAFEncoder):
             return self.encoder(views), []
-        output = self.encoder.forward_features(views, Keypoints(coords, valid, valid.float()))
+        output = self.encoder.forward_features(views, Keypoints(coords, valid))
         return output.skips, output.tokens

@@ -41,12 +41,10 @@ class SourceKeypoints:
 
     Attributes:
         coords: (n, D) float32 source voxels.
-        score: (n,) float32 detection response in standard deviations.
         descriptors: (n, E) float16, unit norm or zero.
     """
 
     coords: np.ndarray
-    score: np.ndarray
     descriptors: np.ndarray
 
 
@@ -105,9 +103,9 @@ class KeypointCache:
         batch = pixels.transpose(0, 1) if dims == 2 else pixels.unsqueeze(0)
         records = []
         for index, single in enumerate(batch):
-            coords, score = self._detect(single.unsqueeze(0))
+            coords = self._detect(single.unsqueeze(0))
             record = np.zeros(len(coords), dtype=self._record_type(image.shape[0]))
-            record["slice"], record["coords"], record["score"] = index, coords.cpu().numpy(), score.cpu().numpy()
+            record["slice"], record["coords"] = index, coords.cpu().numpy()
             record["descriptor"] = self._describe(single.unsqueeze(0), coords).cpu().numpy()
             records.append(record)
         with replacing(self.path(case, image_path)) as temporary, temporary.open("wb") as file:
@@ -122,7 +120,7 @@ class KeypointCache:
         rows, slices = self._rows(self.path(case, image_path))
         first, last = np.searchsorted(slices, [slice_index or 0, (slice_index or 0) + 1])
         part = np.asarray(rows[int(first) : int(last)])
-        return SourceKeypoints(part["coords"], part["score"], part["descriptor"])
+        return SourceKeypoints(part["coords"], part["descriptor"])
 
     def _rows(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Return the mapped file and the slice of every row."""
@@ -158,9 +156,7 @@ class KeypointCache:
     def _record_type(self, channels: int) -> np.dtype[np.void]:
         dims = len(self.patch_size)
         samples = channels * (2 * DESCRIPTOR_SHAPE[dims][0] + 1) ** dims
-        return np.dtype(
-            [("slice", "<i4"), ("score", "<f4"), ("coords", "<f4", (dims,)), ("descriptor", "<f2", (samples,))]
-        )
+        return np.dtype([("slice", "<i4"), ("coords", "<f4", (dims,)), ("descriptor", "<f2", (samples,))])
 
     def _describe(self, image: Tensor, coords: Tensor) -> Tensor:
         """Describe the points (n, D) of an image (1, C, *S): (n, E)."""
@@ -168,23 +164,23 @@ class KeypointCache:
         spacing = torch.tensor(self.spacing, device=image.device)
         return patch_descriptors(image, coords.unsqueeze(0), spacing, step * min(self.spacing), radius).squeeze(0)
 
-    def _detect(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Detect in an image (1, C, *S), window by window: coordinates (n, D) and scores (n,), strongest first."""
+    def _detect(self, image: Tensor) -> Tensor:
+        """Detect in an image (1, C, *S), window by window: coordinates (n, D), strongest first."""
         shape = image.shape[2:]
         coords, scores = [], []
         for core in _windows(shape, self.patch_size):
             halo = [math.ceil(self._reach_mm() / s) + 2 for s in self.spacing]
             box = [slice(max(0, c.start - h), min(n, c.stop + h)) for c, h, n in zip(core, halo, shape, strict=True)]
             window = image[(slice(None), slice(None), *box)]
-            found = self._detector(window.shape[2:]).to(image.device)(window)
+            found, score = self._detector(window.shape[2:]).to(image.device).detect(window)
             points = found.coords[0] + torch.tensor([float(b.start) for b in box], device=image.device)
             keep = found.valid[0].clone()
             for axis, part in enumerate(core):
                 keep &= (points[:, axis] >= part.start) & (points[:, axis] < part.stop)
             coords.append(points[keep])
-            scores.append(found.score[0][keep])
+            scores.append(score[0][keep])
         order = torch.cat(scores).argsort(descending=True, stable=True)
-        return torch.cat(coords)[order], torch.cat(scores)[order]
+        return torch.cat(coords)[order]
 
     def _detector(self, shape: Sequence[int]) -> KeypointDetector:
         """Build the network's detector for a window: as many points per volume as in a patch, times `OVERSAMPLING`."""

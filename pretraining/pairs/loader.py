@@ -122,7 +122,7 @@ class PairLoader:
         coords, valid = torch.zeros(count, len(self.patch_size)), torch.zeros(count, dtype=torch.bool)
         coords[: len(chosen)] = torch.from_numpy(placed[chosen].astype(np.float32))
         valid[: len(chosen)] = True
-        shown = SourceKeypoints(found.coords[chosen], found.score[chosen], found.descriptors[chosen])
+        shown = SourceKeypoints(found.coords[chosen], found.descriptors[chosen])
         return shown, coords, valid
 
     def _match(self, pair: Pair, first: SourceKeypoints, second: SourceKeypoints) -> Tensor:

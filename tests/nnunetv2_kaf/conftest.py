@@ -87,7 +87,7 @@ def random_keypoints(ndim: int, batch: int = 2, count: int = 12, seed: int = 0, 
     valid = torch.ones(batch, count, dtype=torch.bool)
     if invalid:
         valid[:, -invalid:] = False
-    return Keypoints(coords * valid.unsqueeze(-1), valid, valid.float())
+    return Keypoints(coords * valid.unsqueeze(-1), valid)
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_gradcheck(fusion: str, hidden: int | None, randomize: Randomizer) -> No
     layer = randomize(KAFLayer(config, 2, (3, 3), (1, 1), (2.0, 1.0))).double()
     coords = torch.tensor([[[0.0, 0], [0, 0], [2, 3], [0, 0]]])
     valid = torch.tensor([[True, True, True, False]])
-    points = Keypoints(coords, valid, valid.float())
+    points = Keypoints(coords, valid)
     features = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda f: layer(f, points, (3, 4)), (features,))
 

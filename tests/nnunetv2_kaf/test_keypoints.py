@@ -23,8 +23,8 @@ def blob(shape: tuple[int, ...], spacing: tuple[float, ...], centre: tuple[int, 
 
 def detect(image: Tensor, spacing: tuple[float, ...], **options: object) -> tuple[set[tuple[int, ...]], Tensor]:
     detector = KeypointDetector(KAFConfig(**{"num_keypoints": 16, **options}), spacing)  # type: ignore[arg-type]
-    found = detector(image)
-    return {tuple(p) for p in found.coords[0][found.valid[0]].long().tolist()}, found.score
+    found, score = detector.detect(image)
+    return {tuple(p) for p in found.coords[0][found.valid[0]].long().tolist()}, score
 
 
 def naive(image: Tensor, spacing: tuple[float, ...], config: KAFConfig) -> dict[tuple[int, ...], float]:
@@ -55,13 +55,13 @@ def test_equals_the_naive_reference(shape: tuple[int, ...], spacing: tuple[float
     image = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(3))
     config = KAFConfig(num_keypoints=math.prod(shape))
     expected = naive(image, spacing, config)
-    found = KeypointDetector(config, spacing)(image)
+    found, score = KeypointDetector(config, spacing).detect(image)
     points = [tuple(p) for p in found.coords[0][found.valid[0]].long().tolist()]
     assert set(points) == set(expected)
     torch.testing.assert_close(
-        found.score[0][found.valid[0]].double(), torch.tensor([expected[p] for p in points]), rtol=1e-3, atol=1e-4
+        score[0][found.valid[0]].double(), torch.tensor([expected[p] for p in points]), rtol=1e-3, atol=1e-4
     )
-    assert torch.all(found.score[0][:-1] >= found.score[0][1:])
+    assert torch.all(score[0][:-1] >= score[0][1:])
 
 
 @pytest.mark.parametrize(("shape", "spacing"), CASES)
@@ -88,13 +88,13 @@ def test_scales_are_millimetres_on_every_axis() -> None:
 def test_points_move_with_the_image(shape: tuple[int, ...], spacing: tuple[float, ...]) -> None:
     image = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(0))
     detector = KeypointDetector(KAFConfig(num_keypoints=16), spacing)
-    straight = detector(image)
+    straight, response = detector.detect(image)
     for axes in [(0,), tuple(range(len(shape)))]:
         mirrored = detector(image.flip([a + 2 for a in axes]))
         torch.testing.assert_close(flip(mirrored.coords, shape, axes), straight.coords)
-    brighter = detector(3 * image + 10)
+    brighter, brighter_response = detector.detect(3 * image + 10)
     torch.testing.assert_close(brighter.coords, straight.coords)
-    torch.testing.assert_close(brighter.score, straight.score, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(brighter_response, response, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("shape", "spacing"), CASES)
@@ -107,7 +107,8 @@ def test_batch_mates_do_not_matter_and_the_result_repeats(shape: tuple[int, ...]
         alone = detector(images[i : i + 1])
         assert torch.equal(alone.coords[0], together.coords[i])
     assert torch.equal(together.coords, again.coords)
-    assert not together.score.requires_grad
+    assert torch.equal(together.valid, again.valid)
+    assert not detector.detect(images.requires_grad_())[1].requires_grad
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0, -1000.0])
