@@ -152,7 +152,7 @@ class KeypointDetector(nn.Module):
             (B, K) long: index of the finer one of the two blurs whose difference is an extremum; 0 for invalid points.
         """
         precision = torch.float64 if image.device.type == "cuda" else torch.float32
-        with _no_autocast(image.device.type):
+        with autocast(image.device.type):
             channels = torch.stack([image[:, c] for c in self.channels], dim=1).to(precision)
             extrema = self._extrema(channels).flatten(2)
         index = voxel_index(keypoints.coords, image.shape[2:], [1] * self.ndim)

@@ -203,6 +203,7 @@ def _inspect(
     with torch.no_grad(), Inspection(network) as seen:
         network(patch)
     valid = seen.keypoints.valid[0].cpu()
+    _, score = kaf_encoder(network).detector.detect(patch)
     scales = scales_mm(kaf_encoder(network), patch, seen.keypoints)[0].cpu()
     points = seen.keypoints.coords[0].cpu()[valid].numpy() - np.asarray(fields["offset"])
     start = np.asarray([b.start for b in box], dtype=np.float32)
@@ -210,7 +211,7 @@ def _inspect(
     return {
         **fields,
         "keypoints": (points + start).astype(np.float32),
-        "score": seen.keypoints.score[0].cpu()[valid].numpy(),
+        "score": score[0].cpu()[valid].numpy(),
         "scales": scales[valid].numpy(),
         "index": valid.nonzero().flatten().numpy(),
         "levels": seen.levels,
