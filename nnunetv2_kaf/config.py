@@ -19,6 +19,8 @@ FUSIONS = ("add", "concat")
 # A patch gets at most one keypoint per so many voxels, about the density of the paper's (350 on a slice of 50,000
 # pixels). On small slices 256 of them would cost more than the UNet.
 VOXELS_PER_KEYPOINT = 128
+# Beyond any use; a number above comes from a damaged file, and would take all memory.
+LARGEST = {"num_keypoints": 65536, "token_dim": 4096, "num_blocks": 256, "num_heads": 256}
 # Plans put no layer at full resolution: with two labelled patients Dice is better or equal without
 # (docs/evidence.md).
 FINEST_LEVEL = 1
@@ -72,23 +74,23 @@ class KAFConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("num_keypoints", "token_dim", "num_blocks", "num_heads"):
+        for name, most in LARGEST.items():
             value = getattr(self, name)
-            _require(_is_int(value) and value >= 1, name, value, "a whole number of at least 1")
+            _require(_is_int(value) and 1 <= value <= most, name, value, f"a whole number from 1 to {most}")
         _require(self.token_dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of {self.token_dim}")
-        _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "a number above 0")
+        _require(0 < self.mlp_ratio <= 64, "mlp_ratio", self.mlp_ratio, "a number above 0, at most 64")
         _require(self.fusion in FUSIONS, "fusion", self.fusion, f"one of {FUSIONS}")
         if self.levels is not None:
             ok = all(_is_int(i) and i >= 0 for i in self.levels) and len(set(self.levels)) == len(self.levels)
             _require(ok and len(self.levels) > 0, "levels", self.levels, "distinct encoder levels from 0 up, or null")
         if self.diffusion_channels is not None:
-            ok = _is_int(self.diffusion_channels) and self.diffusion_channels >= 1
-            _require(ok, "diffusion_channels", self.diffusion_channels, "a whole number of at least 1, or null")
+            ok = _is_int(self.diffusion_channels) and 1 <= self.diffusion_channels <= 4096
+            _require(ok, "diffusion_channels", self.diffusion_channels, "a whole number from 1 to 4096, or null")
         _require(
-            all(_is_int(i) and i >= 1 for i in self.position_hidden),
+            len(self.position_hidden) <= 16 and all(_is_int(i) and 1 <= i <= 4096 for i in self.position_hidden),
             "position_hidden",
             self.position_hidden,
-            "widths of at least 1",
+            "at most 16 widths from 1 to 4096",
         )
         _require(
             len(self.detection_channels) > 0 and all(_is_int(i) and i >= 0 for i in self.detection_channels),
@@ -99,11 +101,15 @@ class KAFConfig:
         scales = self.detection_scales
         ascending = all(a < b for a, b in pairwise(scales))
         _require(
-            len(scales) >= 3 and scales[0] > 0 and ascending, "detection_scales", scales, "three or more, ascending"
+            3 <= len(scales) <= 16 and scales[0] > 0 and ascending and scales[-1] <= 64,
+            "detection_scales",
+            scales,
+            "three to 16 numbers, ascending, above 0, at most 64",
         )
         checkpointing = self.activation_checkpointing
         _require(isinstance(checkpointing, bool), "activation_checkpointing", checkpointing, "true or false")
-        _require(self.detection_threshold >= 0, "detection_threshold", self.detection_threshold, "0 or more")
+        threshold = self.detection_threshold
+        _require(0 <= threshold < math.inf, "detection_threshold", threshold, "a finite number, 0 or more")
 
     @classmethod
     def paper(cls, **overrides: Any) -> KAFConfig:
@@ -146,8 +152,13 @@ class KAFConfig:
         Raises:
             KAFError: a key is unknown or a value is out of range.
         """
+        if not isinstance(block, Mapping):
+            raise KAFError(
+                f"the plans' kaf block (architecture.arch_kwargs.kaf): found {block!r}, expected a dict of options. "
+                "Plan again with nnUNetPlannerKAF."
+            )
         known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(block) - set(known))
+        unknown = sorted(str(key) for key in set(block) - set(known))
         if unknown:
             raise KAFError(
                 f"unknown key(s) {unknown} in the plans' kaf block (architecture.arch_kwargs.kaf); known keys are "

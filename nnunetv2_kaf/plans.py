@@ -6,15 +6,34 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import nnunetv2
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_kaf.architecture import NETWORK_CLASS
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.safe_load import read_json
+from nnunetv2_kaf.schemas import (
+    ArchitectureEntry,
+    ConfigurationEntry,
+    DatasetDescription,
+    NetworkSpacing,
+    PlansEntry,
+    brief,
+    check,
+)
 
-NETWORK_CLASS = "nnunetv2_kaf.unet.KAFUNet"
+_FIX = "Restore the file, or plan the experiment again."
 _REPLACEABLE = ("PlainConvUNet", "ResidualEncoderUNet")
 
 
@@ -64,10 +83,11 @@ def kaf_plans(plans: Mapping[str, Any], config: KAFConfig | None = None) -> dict
     for name, own in plans["configurations"].items():
         resolved = resolve_configuration(plans, name)
         if is_kaf(plans, name) and "architecture" in own:
-            arguments = out["configurations"][name]["architecture"]["arch_kwargs"]
+            arguments: dict[str, Any] = out["configurations"][name]["architecture"]["arch_kwargs"]
             arguments["kaf"] = KAFConfig.from_dict(arguments.get("kaf", {})).to_dict()
         replaceable = resolved["architecture"]["network_class_name"].rsplit(".", 1)[-1] in _REPLACEABLE
         if replaceable and own.keys() & {"architecture", "spacing", "patch_size"}:
+            check(ArchitectureEntry, resolved["architecture"], f"{plans['plans_name']}: {name}.architecture", _FIX)
             out["configurations"][name]["architecture"] = kaf_architecture(
                 resolved["architecture"],
                 resolved["spacing"],
@@ -97,12 +117,14 @@ def check_configuration(plans: Mapping[str, Any], configuration: str) -> KAFConf
             f"{NETWORK_CLASS}. KAF layers can be put into nnU-Net's plain and residual-encoder UNets only; plan with "
             "nnUNetPlannerKAF, or train with the trainer that belongs to that network."
         )
+    check(ArchitectureEntry, architecture, f"{where}: architecture", _FIX)
     options = architecture["arch_kwargs"]
     missing = [key for key in ("kaf", "spacing") if key not in options]
     if missing:
         raise KAFError(f"{where}: architecture.arch_kwargs lacks {missing}. Plan again with nnUNetPlannerKAF.")
     config = KAFConfig.from_dict(options["kaf"])
     spacing = list(resolved["spacing"])
+    check(NetworkSpacing, options, f"{where}: architecture.arch_kwargs", _FIX)
     if len(spacing) != len(options["spacing"]) or not all(
         math.isclose(a, b, rel_tol=1e-3) for a, b in zip(spacing, options["spacing"], strict=True)
     ):
@@ -147,12 +169,129 @@ def pretraining_folder(
     return Path(results) / dataset_name / run / f"fold_{fold}"
 
 
-def resolve_configuration(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """A configuration with its inheritance resolved by nnU-Net."""
-    if configuration not in plans["configurations"]:
+def read_plans(path: Path) -> dict[str, Any]:
+    """Read a plans file and check what is used of it (`check_plans`).
+
+    Raises:
+        KAFError: it cannot be read, or an entry is wrong.
+    """
+    plans = read_json(path, "Restore it, or plan the experiment again.")
+    check_plans(plans, str(path))
+    return dict(plans)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read a dataset.json and check what is used of it.
+
+    Raises:
+        KAFError: it cannot be read, or an entry is wrong.
+    """
+    fix = "Restore the file, or run nnUNetv2_plan_and_preprocess again."
+    description = read_json(path, fix)
+    entry = check(DatasetDescription, description, str(path), fix)
+    if not (entry.channel_names or entry.modality):
+        raise KAFError(f'{path}: channel_names: found none, expected at least one, e.g. {{"0": "MRI"}}. {fix}')
+    try:
+        LabelManager(entry.labels, entry.regions_class_order)
+    except (AssertionError, RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
         raise KAFError(
-            f"plans {plans['plans_name']}: found no configuration {configuration!r}, available are "
-            f"{list(plans['configurations'])}"
-        )
-    resolved: dict[str, Any] = PlansManager(dict(plans)).get_configuration(configuration).configuration
+            f"{path}: labels: found {brief(entry.labels)}, which nnU-Net refuses ({error}). {fix}"
+        ) from error
+    return dict(description)
+
+
+def check_plans(plans: object, where: str) -> None:
+    """Check the entries of plans that are used, and that names in them stand for what they should.
+
+    nnU-Net looks classes and functions up by these names, in its own package, and calls what it finds.
+
+    Args:
+        plans: as read from a file.
+        where: the file, for messages.
+
+    Raises:
+        KAFError: an entry is missing, of a wrong type or size, leads out of its folder, or names something else.
+    """
+    entry = check(PlansEntry, plans, where, _FIX)
+    names = {
+        "image_reader_writer": (entry.image_reader_writer, "imageio", BaseReaderWriter),
+        "label_manager": (entry.label_manager, "utilities.label_handling", LabelManager),
+    }
+    for option, (name, place, base) in names.items():
+        _check_named(where, option, name, place, base)
+    for configuration in entry.configurations:
+        _check_configuration_names(plans, configuration, where)  # type: ignore[arg-type]
+
+
+def resolve_configuration(plans: Mapping[str, Any], configuration: str, where: str = "") -> dict[str, Any]:
+    """A configuration with its inheritance resolved by nnU-Net.
+
+    Args:
+        plans: checked by `check_plans`, or made here.
+        configuration: its name.
+        where: file of the plans, for messages.
+
+    Raises:
+        KAFError: there is no such configuration, it inherits from itself or from nothing, or an entry is wrong.
+    """
+    where = where or f"plans {plans.get('plans_name')}"
+    _check_inheritance(plans, configuration, where)
+    try:
+        resolved: dict[str, Any] = PlansManager(dict(plans)).get_configuration(configuration).configuration
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of plans of an old format
+        raise KAFError(
+            f"{where}, configuration {configuration}: found no architecture that nnU-Net can make out ({error!r}), "
+            f"expected network_class_name and arch_kwargs. {_FIX}"
+        ) from error
+    check(ConfigurationEntry, resolved, f"{where}: configurations.{configuration}", _FIX)
     return resolved
+
+
+def _check_inheritance(plans: Mapping[str, Any], configuration: str, where: str) -> None:
+    chain, name = [configuration], configuration
+    while True:
+        if name not in plans["configurations"]:
+            by = "" if len(chain) == 1 else f", from which {chain[-2]} inherits (inherits_from)"
+            raise KAFError(
+                f"{where}: found no configuration {name!r}{by}, available are {list(plans['configurations'])}"
+            )
+        parent = plans["configurations"][name].get("inherits_from")
+        if parent is None and "inherits_from" not in plans["configurations"][name]:
+            return
+        if not isinstance(parent, str) or parent in chain:
+            found = f"the circle {' -> '.join([*chain, parent])}" if isinstance(parent, str) else brief(parent)
+            raise KAFError(
+                f"{where}: configurations.{name}.inherits_from: found {found}, expected the name of another "
+                f"configuration. {_FIX}"
+            )
+        chain.append(parent)
+        name = parent
+
+
+def _check_configuration_names(plans: Mapping[str, Any], configuration: str, where: str) -> None:
+    """Check that the names in a configuration stand for preprocessors, normalisations and resampling functions."""
+    entry = ConfigurationEntry.model_validate(resolve_configuration(plans, configuration, where))
+    place = f"{where}: configurations.{configuration}"
+    _check_named(place, "preprocessor_name", entry.preprocessor_name, "preprocessing", DefaultPreprocessor)
+    for name in entry.normalization_schemes:
+        _check_named(place, "normalization_schemes", name, "preprocessing.normalization", ImageNormalization)
+    for option in ("resampling_fn_data", "resampling_fn_seg", "resampling_fn_probabilities"):
+        _check_named(place, option, getattr(entry, option), "preprocessing.resampling", None)
+
+
+def _check_named(where: str, option: str, name: str | None, place: str, base: type | None) -> None:
+    """Check that a name stands for a class derived from `base` (None: a function) in a package of nnU-Net."""
+    if name is None:
+        return
+    package = f"nnunetv2.{place}"
+    found = _find(name, place) if name.isidentifier() else None
+    ok = isinstance(found, type) and issubclass(found, base) if base else isinstance(found, FunctionType)
+    if not ok or not found.__module__.startswith(package):
+        kind = f"a class derived from {base.__name__}" if base else "a function"
+        raise KAFError(f"{where}: {option}: found {brief(name)}, expected {kind} of {package}. {_FIX}")
+
+
+@lru_cache(maxsize=256)
+def _find(name: str, place: str) -> Any:
+    folder = Path(str(nnunetv2.__path__[0])).joinpath(*place.split("."))
+    return recursive_find_python_class(str(folder), name, f"nnunetv2.{place}")

@@ -1,69 +1,165 @@
-"""Checkpoints of others, loaded without running code from them."""
+"""The one place that opens JSON files and torch files: bad content is an error that names the file, and never runs."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import json
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from nnunetv2_kaf.errors import KAFError
 
+MINIMUM_TORCH = (2, 6)
+"""Earlier versions could be made to run code in spite of `weights_only=True`."""
+_KNOWN = ("torch.", "torch._utils.", "collections.OrderedDict", "numpy.core.multiarray.scalar", "numpy.dtype")
 
-def load_safely(path: Path, named_by: str = "") -> dict[str, Any]:
-    """Load a checkpoint without running code from it.
+
+def read_json(path: str | Path, fix: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: of the file.
+        fix: what to do if it cannot be read, a sentence.
+
+    Raises:
+        KAFError: it cannot be opened or is no JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise KAFError(f"{path} is not valid JSON ({error}). {fix}") from error
+    except OSError as error:
+        raise KAFError(f"{path} cannot be read ({error.strerror or error}). {fix}") from error
+
+
+def load_safely(
+    path: str | Path,
+    named_by: str = "",
+    what: str = "checkpoint",
+    fix: str = "Correct the path, or copy the file again.",
+) -> dict[str, Any]:
+    """Read a file of `torch.save` without running code from it.
 
     Besides tensors and primitives, nnU-Net's checkpoints hold numpy scalars; these, and nothing else, are allowed.
 
     Args:
         path: of the file.
-        named_by: the option that names the file, for messages.
+        named_by: the option that names it, for messages.
+        what: what it should be, e.g. "pretraining checkpoint".
+        fix: what to do if it cannot be read, a sentence.
+
+    Returns:
+        Its content, a dict, all tensors in main memory.
 
     Raises:
-        KAFError: the file is missing, truncated, or holds objects of other classes.
+        KAFError: the file is missing, truncated, of another kind, or holds objects that could run code.
     """
-    shown = f"{named_by} {path}".strip()
-    if not path.is_file():
-        raise KAFError(f"{shown}: the file does not exist. Correct the path.")
-    allowed = _numpy_scalars(shown)
+    path = Path(path)
+    name = f"{named_by} {path}".strip()
+    _check_torch(name)
     try:
-        with allowed:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_dir():
+            raise KAFError(f"{name} is a folder; expected a {what}, a file. {fix}")
+        if not path.is_file():
+            raise KAFError(f"{name} does not exist{' as a file' if path.exists() else ''}. {fix}")
+        size = path.stat().st_size
+        _check_unpacked(path, size, name, fix)
+        with _numpy_scalars(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says about odd pickles is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except KAFError:
+        raise
+    except OSError as error:
+        raise KAFError(f"{name} cannot be read ({error.strerror or error}). {fix}") from error
     except Exception as error:  # zipfile, pickle and torch raise many types for damaged files
-        raise KAFError(_unreadable(path, shown, error)) from error
-    if not isinstance(checkpoint, dict):
-        raise KAFError(f"{shown}: found a {type(checkpoint).__name__}, expected a checkpoint (a dict).")
-    return checkpoint
-
-
-def _numpy_scalars(shown: str) -> AbstractContextManager[Any]:
-    """Allow numpy scalars in `torch.load`, under the names that numpy 1 and numpy 2 give them."""
-    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
+        unsafe = unsafe_classes(path)
+        if unsafe:
+            raise KAFError(
+                f"{name} is unsafe: it holds objects besides tensors, numbers and text ({', '.join(unsafe[:5])}); "
+                "loading them could run code of the file, so it is not read. If you trust its origin, load it there "
+                "and save its network_weights alone with torch.save({'network_weights': ...}, file)."
+            ) from error
         raise KAFError(
-            f"{shown}: torch 2.6 or newer is needed to read it safely; found {torch.__version__}. Update it."
+            f"{name} ({size} bytes) cannot be read as a {what}; it is truncated or of another kind "
+            f"({type(error).__name__}). {fix}"
+        ) from error
+    if not isinstance(content, dict):
+        raise KAFError(f"{name}: found a {type(content).__name__}, expected a {what} (a dict). {fix}")
+    return content
+
+
+def unsafe_classes(path: Path) -> list[str]:
+    """Classes and functions by which a file could run code; none if it is damaged only.
+
+    The pickles of the file are read as a list of instructions, of which none is carried out.
+    """
+    found: set[str] = set()
+    with suppress(Exception):  # a damaged file: what was found up to there
+        for pickled in _pickles(path):
+            strings: list[str] = []
+            for code, argument, _ in pickletools.genops(pickled):
+                if code.name == "GLOBAL":
+                    found.add(str(argument).replace(" ", "."))
+                elif code.name == "STACK_GLOBAL":
+                    found.add(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    return sorted(name for name in found if not name.startswith(_KNOWN))
+
+
+def _pickles(path: Path) -> Iterator[IO[bytes]]:
+    """The pickles of a zip archive, or those at the start of a file of the old format."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    yield archive.open(name)
+        return
+    with path.open("rb") as file:
+        for _ in range(4):
+            yield file
+
+
+def _check_torch(name: str) -> None:
+    """Raise a KAFError if this torch is too old to read files safely."""
+    found = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if found < MINIMUM_TORCH:
+        raise KAFError(
+            f"{name} is not read: found torch {torch.__version__}, expected {'.'.join(map(str, MINIMUM_TORCH))} or "
+            "newer, which does not run code of a file. Run: pip install --upgrade torch torchvision"
         )
+
+
+def _check_unpacked(path: Path, size: int, name: str, fix: str) -> None:
+    """Raise a KAFError for a file that unpacks to far more than it is: torch itself never compresses."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(record.file_size for record in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return  # torch says what is wrong with it
+    if unpacked > size + 2**20:
+        raise KAFError(
+            f"{name} is compressed: found {unpacked} bytes of content in {size}, expected an uncompressed file as "
+            f"torch.save writes it. It is not read. {fix}"
+        )
+
+
+@contextmanager
+def _numpy_scalars() -> Iterator[None]:
+    """Allow numpy scalars in `torch.load`, under the names that numpy 1 and numpy 2 give them."""
     scalar: Any = np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    return torch.serialization.safe_globals([*[(scalar, name) for name in names], np.dtype, *dtypes])
-
-
-def _unreadable(path: Path, shown: str, error: Exception) -> str:
-    """Why a file cannot be loaded."""
-    try:
-        with _numpy_scalars(shown):
-            classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a checkpoint at all
-        classes = []
-    if classes:
-        return (
-            f"{shown} holds objects besides tensors, numbers and text ({', '.join(sorted(classes)[:5])}); "
-            "loading them could run code of the file, so it is not read. If you trust its origin, load it there and "
-            "save its network_weights alone with torch.save({'network_weights': ...}, file)."
-        )
-    return (
-        f"{shown} ({path.stat().st_size} bytes) cannot be read as a checkpoint; it is truncated or of another "
-        f"kind ({type(error).__name__}). Copy it again, or name another file."
-    )
+    with torch.serialization.safe_globals([*[(scalar, name) for name in names], np.dtype, *dtypes]):
+        yield

@@ -16,14 +16,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunetv2_kaf.architecture import build_network
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.expected_end import expected_end
 from nnunetv2_kaf.files import replacing, sweep
-from nnunetv2_kaf.plans import check_configuration, is_kaf, kaf_plans, pretraining_folder
+from nnunetv2_kaf.plans import check_configuration, check_plans, is_kaf, kaf_plans, pretraining_folder, read_plans
 from nnunetv2_kaf.schedule import WarmupPolyLRScheduler
 from nnunetv2_kaf.weights import LoadReport, load_encoder
 
@@ -61,6 +62,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         Raises:
             KAFError: the plans cannot carry KAF layers, or their kaf block is wrong.
         """
+        check_plans(plans, f"the plans of {configuration}, fold {fold}")
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.schedule_epochs is not None:
             self.num_epochs = self.schedule_epochs
@@ -74,7 +76,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             return kaf_plans(plans)  # completes the kaf block, so that no later default can change this model
         saved_file = Path(str(self.output_folder_base)) / "plans.json"
         if saved_file.is_file():
-            saved: dict[str, Any] = json.loads(saved_file.read_text())
+            saved = read_plans(saved_file)
             if self.configuration_name in saved["configurations"] and is_kaf(saved, self.configuration_name):
                 self.print_to_log_file(f"KAF: keypoint fusion as saved with this model in {saved_file}")
                 return kaf_plans(plans, KAFConfig.from_dict(_kaf_block(saved, self.configuration_name)))
@@ -107,6 +109,27 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
                 f"-c {self.configuration_name}"
             )
         super().initialize()
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """See nnU-Net; classes that plans name are looked up in a list and never imported by their name.
+
+        Raises:
+            KAFError: the plans name another network or operator, or the network cannot be built.
+        """
+        return build_network(
+            configuration_manager.configuration["architecture"],
+            num_input_channels,
+            num_output_channels,
+            where=f"plans {plans_manager.plans_name}",
+            deep_supervision=enable_deep_supervision,
+        )
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """nnU-Net's optimiser; its schedule with a warm-up."""

@@ -16,12 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_kaf.architecture import resolve
 from nnunetv2_kaf.channels import repeat_input_channels
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256, replacing, versions
-from nnunetv2_kaf.plans import is_kaf, resolve_configuration
+from nnunetv2_kaf.plans import check_plans, is_kaf, resolve_configuration
+from nnunetv2_kaf.safe_load import load_safely
+from nnunetv2_kaf.schemas import PretrainingCheckpoint, brief, check
+from nnunetv2_kaf.tensors import check_weights
 from nnunetv2_kaf.unet import KAFUNet
 
+_DAMAGED = "The file is damaged: pretrain again, or name another one."
 FORMAT = "nnunetv2_kaf.pretraining"
 FORMAT_VERSION = 1
 # what may differ between pretraining and fine-tuning, because no weight of the encoder depends on it: the decoder,
@@ -112,37 +117,52 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read and check a pretraining checkpoint.
 
     Raises:
-        KAFError: the file is missing, truncated, or not a pretraining checkpoint of a known format.
+        KAFError: the file is missing, truncated, unsafe, not a pretraining checkpoint of a known format, or an entry of
+            it is missing or wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise KAFError(f"pretraining checkpoint {path} does not exist. Run kaf-pretrain, or correct the path.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    checkpoint = load_safely(path, what="pretraining checkpoint", fix="Run kaf-pretrain, or correct the path.")
+    check_checkpoint(checkpoint, str(path))
+    return checkpoint
+
+
+def check_checkpoint(checkpoint: Mapping[str, Any], where: str) -> None:
+    """Check everything that is used of a pretraining checkpoint.
+
+    Args:
+        checkpoint: content of the file.
+        where: its name, for messages.
+
+    Raises:
+        KAFError: it is of another kind or format version, or an entry is missing or wrong.
+    """
+    check_format(checkpoint, where)
+    check(PretrainingCheckpoint, checkpoint, where, _DAMAGED)
+    check_plans(checkpoint["plans"], f"{where}: plans")
+    resolve(checkpoint["architecture"], where)
+    check_weights(checkpoint["network_weights"], f"{where}: network_weights", _DAMAGED)
+    planned = resolve_configuration(checkpoint["plans"], checkpoint["configuration"], f"{where}: plans")
+    if planned["architecture"] != checkpoint["architecture"]:
         raise KAFError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint; it is truncated or of another kind "
-            f"({type(error).__name__}). Run kaf-pretrain again, or name another file."
-        ) from error
-    check_format(checkpoint, path)
-    return dict(checkpoint)
+            f"{where}: architecture: found another network than its plans have for {checkpoint['configuration']}, "
+            f"expected the same. {_DAMAGED}"
+        )
 
 
-def check_format(checkpoint: Any, path: str | Path) -> None:
+def check_format(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Check that a loaded file is a pretraining checkpoint.
 
     Raises:
         KAFError: it is of another kind or another format version.
     """
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    if checkpoint.get("format") != FORMAT:
         raise KAFError(
             f"{path} is not a pretraining checkpoint of nnunetv2-kaf. Expected a file written by kaf-pretrain "
             "(checkpoint_final.pth); a checkpoint of an nnU-Net training is given with -pretrained_weights instead."
         )
     if checkpoint.get("format_version") != FORMAT_VERSION:
         raise KAFError(
-            f"{path} has format version {checkpoint.get('format_version')}, this nnunetv2-kaf reads {FORMAT_VERSION}. "
-            "Install the version that wrote it, or pretrain again."
+            f"{path} has format version {brief(checkpoint.get('format_version'))}, this nnunetv2-kaf reads "
+            f"{FORMAT_VERSION}. Install the version that wrote it, or pretrain again."
         )
 
 

@@ -203,7 +203,7 @@ def _parse_fold(text: str) -> int | str:
     """Return ``"all"`` or the fold number."""
     if text == "all":
         return text
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
     raise KAFError(f"--fold is {text!r}; expected a fold number (0, 1, ...) or 'all'.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from nnunetv2_kaf.architecture import build_network
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.plans import check_configuration, is_kaf, kaf_plans, pretraining_folder, resolve_configuration
+from nnunetv2_kaf.plans import (
+    check_configuration,
+    is_kaf,
+    kaf_plans,
+    pretraining_folder,
+    read_description,
+    read_plans,
+    resolve_configuration,
+)
 
 
 @dataclass(frozen=True)
@@ -74,20 +82,9 @@ class Task:
 
     def build_network(self) -> nn.Module:
         """Build the full network that the trainer would build from the same plans (nnU-Net's initialisation)."""
-        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-        manager = PlansManager(dict(self.plans)).get_configuration(self.configuration)
-        network: nn.Module = get_network_from_plans(
-            manager.network_arch_class_name,
-            manager.network_arch_init_kwargs,
-            manager.network_arch_init_kwargs_req_import,
-            self.channels,
-            self.outputs,
-            allow_init=True,
-            deep_supervision=True,
-        )
-        return network
+        resolved = resolve_configuration(self.plans, self.configuration)
+        where = f"plans {self.plans_name}, configuration {self.configuration}"
+        return build_network(resolved["architecture"], self.channels, self.outputs, where=where)
 
 
 def resolve_task(dataset: str, configuration: str, plans_name: str, network: str = "kaf") -> Task:
@@ -109,13 +106,13 @@ def resolve_task(dataset: str, configuration: str, plans_name: str, network: str
     dataset_id = int(folder.name[7:10])
     plans_file = folder / f"{plans_name}.json"
     if not plans_file.is_file():
-        found = sorted(p.stem for p in folder.glob("*.json") if "configurations" in _load(p))
+        found = sorted(p.stem for p in folder.glob("*Plans*.json"))
         raise KAFError(
             f"Plans {plans_name} not found for {folder.name} ({plans_file}); found: {_listing(found)}. Choose with -p, "
             f"or run: nnUNetv2_plan_and_preprocess -d {dataset_id}"
         )
-    plans = _load(plans_file)
-    configurations = plans.get("configurations", {})
+    plans = read_plans(plans_file)
+    configurations = plans["configurations"]
     if configuration not in configurations:
         raise KAFError(
             f"Configuration {configuration} not found in {plans_file}; found: {_listing(sorted(configurations))}. "
@@ -132,7 +129,7 @@ def resolve_task(dataset: str, configuration: str, plans_name: str, network: str
     dataset_json = folder / "dataset.json"
     if not dataset_json.is_file():
         raise KAFError(f"{dataset_json} is missing. Run: nnUNetv2_plan_and_preprocess -d {dataset_id}")
-    description = _load(dataset_json)
+    description = read_description(dataset_json)
     if network == "kaf":
         plans = kaf_plans(plans)
         check_configuration(plans, configuration)
@@ -170,33 +167,20 @@ def find_dataset(dataset: str) -> Path:
     root = Path(value)
     if not root.is_dir():
         raise KAFError(f"nnUNet_preprocessed is {root}, which is not a folder. Create it or correct the variable.")
-    existing = sorted(p for p in root.iterdir() if p.is_dir() and p.name[:7] == "Dataset" and p.name[7:10].isdigit())
-    if dataset.isdigit():
+    existing = sorted(p for p in root.iterdir() if p.is_dir() and p.name[:7] == "Dataset" and p.name[7:10].isdecimal())
+    if dataset.isdecimal():
         fitting = [p for p in existing if int(p.name[7:10]) == int(dataset)]
     else:
         fitting = [p for p in existing if p.name == dataset]
     if len(fitting) > 1:
         raise KAFError(f"--dataset {dataset} is ambiguous: {_listing([p.name for p in fitting])}. Give the full name.")
     if not fitting:
-        number = dataset if dataset.isdigit() else "<id>"
+        number = dataset if dataset.isdecimal() else "<id>"
         raise KAFError(
             f"Dataset {dataset} not found in {root}; found: {_listing([p.name for p in existing])}. "
             f"If it is in nnUNet_raw, run: nnUNetv2_plan_and_preprocess -d {number}"
         )
     return fitting[0]
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        KAFError: if the file is not valid JSON.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise KAFError(f"{path} is not valid JSON ({error}). Restore it, or plan the experiment again.") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _listing(names: list[str]) -> str:

@@ -156,7 +156,7 @@ def _raw_dataset(dataset: str) -> Path:
             f"{value or 'not set'}; expected the folder of the raw datasets."
         )
     existing = sorted(p for p in Path(value).iterdir() if re.match(r"Dataset\d{3}_", p.name) and p.is_dir())
-    fitting = [p for p in existing if p.name == dataset or (dataset.isdigit() and int(p.name[7:10]) == int(dataset))]
+    fitting = [p for p in existing if p.name == dataset or (dataset.isdecimal() and int(p.name[7:10]) == int(dataset))]
     if len(fitting) != 1:
         found = ", ".join(p.name for p in fitting or existing) or "none"
         problem = "is ambiguous" if fitting else "not found"

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
+from nnunetv2_kaf.architecture import NETWORK_CLASS, build_network
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256, replacing
-from nnunetv2_kaf.plans import NETWORK_CLASS, resolve_configuration
+from nnunetv2_kaf.plans import resolve_configuration
 from nnunetv2_kaf.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -139,18 +139,10 @@ def _build(architecture: Mapping[str, Any], weights: Mapping[str, Tensor], chann
         KAFError: they do not fit each other: the checkpoint is damaged or was written by another version.
     """
     classes = next((v.shape[0] for k, v in weights.items() if ".seg_layers." in k and k.endswith(".weight")), 2)
+    network = build_network(architecture, channels, classes, where=str(path), initialize=False)
     try:
-        network: nn.Module = get_network_from_plans(
-            architecture["network_class_name"],
-            architecture["arch_kwargs"],
-            architecture["_kw_requires_import"],
-            channels,
-            classes,
-            allow_init=False,
-            deep_supervision=True,
-        )
         network.load_state_dict(dict(weights))
-    except (RuntimeError, TypeError, ImportError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise KAFError(
             f"{path}: its weights do not fit the network that it describes ({error}). Pretrain again, or export with "
             "the nnunetv2-kaf version that wrote it."

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.safe_load import load_safely
-from nnunetv2_kaf.weights import FORMAT, check_format
+from nnunetv2_kaf.tensors import check_weights
+from nnunetv2_kaf.weights import FORMAT, check_checkpoint
 
 CONVOLUTIONAL = ("encoder.stem.", "encoder.stages.")
 LAYERS = "encoder.layers."
@@ -42,7 +43,9 @@ def read_weights(path: str | Path) -> Source:
     path = Path(path)
     checkpoint = load_safely(path, "--init")
     kind = _kind(checkpoint, path)
-    weights = {_unwrapped(k): v for k, v in checkpoint["network_weights"].items() if isinstance(v, Tensor)}
+    fix = "Name another file."
+    given = check_weights(checkpoint["network_weights"], f"--init {path}: network_weights", fix)
+    weights = {_unwrapped(k): v for k, v in given.items()}
     if "nnssl_adaptation_plan" in checkpoint:
         weights = _from_nnssl(weights, checkpoint["nnssl_adaptation_plan"], path)
     weights = {k: v for k, v in weights.items() if k.startswith((*CONVOLUTIONAL, LAYERS))}
@@ -69,18 +72,23 @@ def _kind(checkpoint: Mapping[str, Any], path: Path) -> str:
             f"nnssl checkpoint, a checkpoint of an nnU-Net training or checkpoint_final.pth of kaf-pretrain; {fix}."
         )
     if isinstance(checkpoint.get("nnssl_adaptation_plan"), Mapping):
-        architecture = checkpoint["nnssl_adaptation_plan"].get("architecture_plans") or {}
+        architecture = _mapping(checkpoint["nnssl_adaptation_plan"].get("architecture_plans"))
         return f"an nnssl checkpoint of {architecture.get('arch_class_name', 'an unnamed architecture')}"
     if checkpoint.get("format") == FORMAT:
-        check_format(checkpoint, path)
+        check_checkpoint(checkpoint, f"--init {path}")
         origin = checkpoint
         what = "a pretraining checkpoint"
     else:
-        origin = checkpoint.get("init_args") or {}
+        origin = _mapping(checkpoint.get("init_args"))
         what = f"an nnU-Net checkpoint of {checkpoint.get('trainer_name', 'an unknown trainer')}"
-    plans = origin.get("plans") or {}
+    plans = _mapping(origin.get("plans"))
     where = (plans.get("dataset_name"), plans.get("plans_name"), origin.get("configuration"))
     return f"{what}, {', '.join(map(str, where))}" if all(where) else what
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """An entry that only serves to say in words what a file is."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _from_nnssl(weights: Mapping[str, Tensor], plan: Any, path: Path) -> dict[str, Tensor]:

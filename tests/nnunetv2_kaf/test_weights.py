@@ -206,7 +206,7 @@ def test_missing_truncated_and_foreign_files(checkpoint: Path, tmp_path: Path) -
         weights.read_checkpoint(truncated)
     text = tmp_path / "notes.txt"
     text.write_text("hello")
-    with pytest.raises(KAFError, match="cannot be read as a checkpoint"):
+    with pytest.raises(KAFError, match="cannot be read as a pretraining checkpoint"):
         weights.read_checkpoint(text)
     foreign = tmp_path / "nnunet.pth"
     torch.save({"network_weights": {}, "trainer_name": "nnUNetTrainer"}, foreign)

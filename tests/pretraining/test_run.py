@@ -431,7 +431,7 @@ def test_init_gives_the_first_weights_and_is_part_of_the_run(
     assert cli.main([*options, "--init", str(tmp_path / "init.pth"), "--continue"]) == 0
     assert read_checkpoint(folder / FINAL)["pretraining"] == final["pretraining"]
     assert cli.main([*options, "--init", str(tmp_path / "init.pth")]) == 2
-    assert "init.pth: the file does not exist" in capsys.readouterr().err
+    assert "init.pth does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_plot")

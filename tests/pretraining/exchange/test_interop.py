@@ -200,10 +200,12 @@ def test_our_own_checkpoint(tmp_path: Path) -> None:
 
 def own_checkpoint(path: Path, network: nn.Module, entry: dict[str, Any], channels: int = 1) -> Path:
     configuration = {
+        "data_identifier": "nnUNetPlans_2d",
+        "batch_size": 2,
         "patch_size": [24, 16],
         "spacing": [1.0, 1.5],
         "architecture": entry,
-        "normalization_schemes": ["Z"],
+        "normalization_schemes": ["ZScoreNormalization"],
     }
     plans = {"dataset_name": "Dataset004_X", "plans_name": "nnUNetPlans", "configurations": {"2d": configuration}}
     save_pretraining_checkpoint(
@@ -313,7 +315,7 @@ class Evil:
 def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     path = nnunet_file(tmp_path / "evil.pth", build(architecture()), extra=Evil(str(trap)))
-    with pytest.raises(KAFError, match=r"evil\.pth holds objects besides tensors.*mkdir.*could run code"):
+    with pytest.raises(KAFError, match=r"evil\.pth is unsafe: it holds objects besides tensors.*mkdir.*could run code"):
         initialize_encoder(build(with_kaf(architecture())), path, 1)
     assert not trap.exists()
     torch.load(path, weights_only=False)
@@ -329,7 +331,7 @@ def test_numpy_scalars_are_read_and_the_permission_ends_there(tmp_path: Path) ->
 
 def test_missing_damaged_and_foreign_files(tmp_path: Path) -> None:
     network = build(with_kaf(architecture()))
-    with pytest.raises(KAFError, match=r"nowhere\.pth: the file does not exist"):
+    with pytest.raises(KAFError, match=r"nowhere\.pth does not exist"):
         initialize_encoder(network, tmp_path / "nowhere.pth", 1)
     whole = nnunet_file(tmp_path / "whole.pth", build(architecture()))
     cut = tmp_path / "cut.pth"
@@ -341,7 +343,10 @@ def test_missing_damaged_and_foreign_files(tmp_path: Path) -> None:
         ({"state_dict": {}}, r"found no network_weights \(its entries: \['state_dict'\]\)"),
         ({"format": "nnunetv2_kaf.pretraining_run"}, "finish that run with --continue"),
         ({"network_weights": {"eva.blocks.0.weight": torch.zeros(1)}}, "holds no encoder of nnU-Net's UNets"),
-        ({"network_weights": {}, "nnssl_adaptation_plan": {"key_to_stem": "s"}}, "must name key_to_encoder"),
+        (
+            {"network_weights": {"x": torch.zeros(1)}, "nnssl_adaptation_plan": {"key_to_stem": "s"}},
+            "must name key_to_encoder",
+        ),
         ({"network_weights": {}, "format": "nnunetv2_kaf.pretraining", "format_version": 99}, "format version 99"),
     ]
     for content, message in cases:
