@@ -29,7 +29,7 @@ def train(task: Task, config: PretrainConfig, steps: int, device: torch.device) 
     """Train at the default batch with the default workers and measure how busy the device is."""
     workers = int(build_parser().get_default("num_workers"))
     batch_size = default_batch_size(task.batch_size)
-    loader = prepare(task, config, DataOptions("all", (), (), False, workers, device), batch_size).loader
+    loader = prepare(task, config, DataOptions(fold="all", num_workers=workers), device, batch_size).loader
     with tempfile.TemporaryDirectory() as folder:
         state = build_state(task, config, device)
         trainer = Trainer(state, config, task.patch_size, device, Path(folder) / "nonfinite.json")

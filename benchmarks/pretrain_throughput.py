@@ -128,9 +128,9 @@ def fastest_round(task: Task, config: PretrainConfig, args: argparse.Namespace) 
 
     Others' load on the machine only ever slows: the fastest round is the least disturbed one.
     """
-    options = DataOptions("all", (), (), False, 1, torch.device("cpu"))
+    options = DataOptions(fold="all")
     pairs = args.pairs[len(task.patch_size) - 2]
-    loader = replace(prepare(task, config, options, pairs).loader, num_workers=0)
+    loader = replace(prepare(task, config, options, torch.device("cpu"), pairs).loader, num_workers=0)
     rounds: list[dict[str, Any]] = []
     for _ in range(args.rounds):
         before = load_average()

@@ -9,6 +9,6 @@ A scan passes through the rooms in this order, and a room imports only from room
 - `exchange`: weights from and for other tools.
 
 The files beside them hold one run together. `config` (options), `task` (dataset and plans), `distributed` and `signals`
-are used by all rooms; then `loop` (step and epoch), `checkpoint`, `prepare` (everything before the first step), `run`
-(from start to checkpoint) and `cli`.
+are used by all rooms; then `loop` (step and epoch), `checkpoint`, `prepare` (everything before the first step),
+`recorder` (what is written), `run` (from start to checkpoint) and `cli`.
 """

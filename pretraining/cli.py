@@ -151,20 +151,24 @@ def _config(parsed: argparse.Namespace) -> PretrainConfig:
 def _run(parsed: argparse.Namespace, config: PretrainConfig, device: torch.device) -> str:
     """Resolve the input, pretrain, and return the closing message."""
     fold = _parse_fold(parsed.fold)
+    from pretraining.prepare import DataOptions
     from pretraining.run import RunOptions, pretrain
     from pretraining.task import resolve_task
 
     dataset, *others = parsed.dataset
     task = resolve_task(dataset, parsed.configuration, parsed.plans, config.network)
-    options = RunOptions(
-        device=device,
+    data = DataOptions(
         fold=fold,
-        resume=parsed.resume,
-        num_workers=parsed.num_workers,
-        folder=parsed.output,
         datasets=others,
         folders=parsed.images,
         skip_bad=parsed.skip_bad,
+        num_workers=parsed.num_workers,
+    )
+    options = RunOptions(
+        device=device,
+        data=data,
+        resume=parsed.resume,
+        folder=parsed.output,
         init=parsed.init,
         compiled=parsed.compile,
     )

@@ -27,25 +27,23 @@ from pretraining.task import Task
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Which images to use, and how to prepare them.
 
     Attributes:
-        fold: validation patients of this fold are left out; ``"all"`` uses every case.
-        datasets: further datasets, whose raw training images are used.
-        folders: folders of unlabelled images in nnU-Net's naming.
-        skip_bad: go on without the files that cannot be used.
-        num_workers: threads.
-        device: where keypoints are detected, and views are rendered if it is an accelerator.
+        fold: Validation patients of this fold are left out; `"all"` uses every case.
+        datasets: Further datasets, whose raw training images are used.
+        folders: Folders of unlabelled images in nnU-Net's naming.
+        skip_bad: Go on without the files that cannot be used.
+        num_workers: Threads that prepare images and pairs.
     """
 
-    fold: int | str
-    datasets: Sequence[str]
-    folders: Sequence[Path]
-    skip_bad: bool
-    num_workers: int
-    device: torch.device
+    fold: int | str = 0
+    datasets: Sequence[str] = ()
+    folders: Sequence[Path] = ()
+    skip_bad: bool = False
+    num_workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,20 @@ class Data:
     cases: tuple[str, ...]
 
 
-def prepare(task: Task, config: PretrainConfig, options: DataOptions, batch_size: int) -> Data:
+def prepare(task: Task, config: PretrainConfig, options: DataOptions, device: torch.device, batch_size: int) -> Data:
     """Collect and check the images, detect keypoints where that has not been done, and build the loaders.
 
     Process 0 does the work, the others wait and find the files.
 
+    Args:
+        task: Dataset, plans and configuration.
+        config: Options of the objectives.
+        options: Which images.
+        device: Where keypoints are detected, and views are rendered if it is an accelerator.
+        batch_size: Pairs per batch, over all processes.
+
     Raises:
-        KAFError: for missing or bad images.
+        KAFError: Images are missing or bad.
     """
     if distributed.rank() > 0:
         distributed.barrier()
@@ -86,7 +91,7 @@ def prepare(task: Task, config: PretrainConfig, options: DataOptions, batch_size
         )
         cache_folder = task.image_folder.with_name(f"{task.image_folder.name}_kaf_keypoints")
         keypoints = KeypointCache(cache_folder, task.layers, task.patch_size, task.spacing)
-        cases = cache_keypoints(images, cases, keypoints, task.channels, bad, options)
+        cases = cache_keypoints(images, cases, keypoints, task.channels, bad, options.num_workers, device)
         bad.finish(options.skip_bad)
         if not cases:
             raise KAFError("All images were skipped as bad (see the warnings above); nothing is left to train on.")
@@ -101,7 +106,7 @@ def prepare(task: Task, config: PretrainConfig, options: DataOptions, batch_size
     def loader(group: dict[str, tuple[str, ...]], size: int, stream: int, rank: int, world_size: int) -> PairLoader:
         return PairLoader(
             images, keypoints, group, task.patch_size, task.spacing, size, config,
-            options.num_workers, rank, world_size, stream, render_later=options.device.type == "cuda",
+            options.num_workers, rank, world_size, stream, render_later=device.type == "cuda",
         )  # fmt: skip
 
     return Data(
@@ -117,7 +122,8 @@ def cache_keypoints(
     cache: KeypointCache,
     channels: int,
     bad: BadImages,
-    options: DataOptions,
+    num_workers: int,
+    device: torch.device,
 ) -> list[str]:
     """Read and check every case that has no cached keypoints yet, and detect them.
 
@@ -135,10 +141,10 @@ def cache_keypoints(
         image = read_whole(images, case, channels, bad)
         if image is None:
             return case
-        cache.create(case, images.path(case), image, options.device)
+        cache.create(case, images.path(case), image, device)
         return None
 
-    with ThreadPoolExecutor(max(1, options.num_workers)) as pool:
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
         results = pool.map(detect, missing)
         unusable = set(
             tqdm(

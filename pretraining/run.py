@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,47 +12,37 @@ import torch
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256
 from pretraining import distributed
-from pretraining.checkpoint import FINAL, LATEST, export, load_latest, run_identity, save_latest, set_aside, tidy
+from pretraining.checkpoint import FINAL, LATEST, load_latest, run_identity
 from pretraining.config import PretrainConfig
 from pretraining.exchange.interop import initialize_encoder
 from pretraining.loop import Trainer, TrainingState, amp_dtype, build_optimizer
-from pretraining.monitoring.logfile import log_file
-from pretraining.monitoring.monitor import Monitor
-from pretraining.monitoring.progress import plot_progress
-from pretraining.monitoring.tracking import Tracker, open_trackers
 from pretraining.objectives.model import PretrainingModel
-from pretraining.prepare import Data, DataOptions, prepare
+from pretraining.pairs.loader import PairLoader
+from pretraining.prepare import DataOptions, prepare
+from pretraining.recorder import Recorder, open_recorder
 from pretraining.signals import PreemptedError, Preemption
 from pretraining.task import Task
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options of a run besides those of its objectives.
+    """How a run goes, besides its objectives.
 
     Attributes:
-        device: where to train.
-        fold: validation patients of this fold are left out; ``"all"`` uses every case.
-        resume: go on from the last checkpoint if there is one.
-        num_workers: threads that prepare images and pairs.
-        folder: where everything is written; ``None``: the standard place, where the trainer looks.
-        datasets: further datasets.
-        folders: folders of unlabelled images.
-        skip_bad: go on without the images that cannot be used.
-        init: checkpoint that the convolutional part starts from.
-        compiled: compile the model.
+        device: Where to train.
+        data: Which images to use, and how to prepare them.
+        resume: Go on from the last checkpoint if there is one.
+        folder: Where everything is written; `None` is the standard place, where the trainer looks.
+        init: Checkpoint that the convolutional part starts from.
+        compiled: Compile the model.
     """
 
     device: torch.device
-    fold: int | str
+    data: DataOptions = field(default_factory=DataOptions)
     resume: bool = False
-    num_workers: int = 1
     folder: Path | None = None
-    datasets: Sequence[str] = ()
-    folders: Sequence[Path] = ()
-    skip_bad: bool = False
     init: Path | None = None
     compiled: bool = False
 
@@ -82,7 +70,7 @@ def build_state(task: Task, config: PretrainConfig, device: torch.device) -> Tra
 
 def run_folder(task: Task, options: RunOptions) -> Path:
     """Return where a run writes."""
-    return options.folder or task.folder / f"fold_{options.fold}"
+    return options.folder or task.folder / f"fold_{options.data.fold}"
 
 
 def pretrain(task: Task, config: PretrainConfig, options: RunOptions) -> Path:
@@ -94,57 +82,39 @@ def pretrain(task: Task, config: PretrainConfig, options: RunOptions) -> Path:
     """
     folder = run_folder(task, options)
     batch_size = _batch_size(task, config)
-    with Preemption() as preemption, ExitStack() as stack:
-        if distributed.rank() == 0:
-            tidy(folder)
-            log = stack.enter_context(log_file(folder / "pretraining.log"))
-        data_options = DataOptions(
-            options.fold, options.datasets, options.folders, options.skip_bad, options.num_workers, options.device
-        )
-        data = prepare(task, config, data_options, batch_size)
+    with Preemption() as preemption, open_recorder(folder) as recorder:
+        data = prepare(task, config, options.data, options.device, batch_size)
         state = build_state(task, config, options.device)
-        identity = run_identity(task, options.fold, data.cases, batch_size)
+        identity = run_identity(task, options.data.fold, data.cases, batch_size)
         identity, resumed = _start(folder, state, task, config, options, identity)
-        if distributed.rank() == 0:
-            # Not before everything has been checked: a command with a mistake must not hide an earlier run's result.
-            if not resumed:
-                set_aside(folder)
-            log.flush()
+        recorder.begin({**config.to_dict(), **identity}, resumed, data.held_out, options.device)
         _announce(task, config, options, len(data.cases), batch_size)
-        trainer = Trainer(
-            state, config, task.patch_size, options.device, folder / "nonfinite_batch.json", options.compiled
-        )
-        tracker = None
-        if distributed.rank() == 0:
-            tracker = stack.enter_context(_tracker(folder, {**config.to_dict(), **identity}, resumed))
-        _Run(trainer, data, folder, identity, tracker, preemption).epochs()
-        if distributed.rank() == 0:
-            epochs = state.step // config.iterations
-            summary = {"config": config.to_dict(), **identity, "epochs_done": epochs, "history": state.history}
-            export(folder / FINAL, state, task, options.fold, summary)
+        failure_file = folder / "nonfinite_batch.json"
+        trainer = Trainer(state, config, task.patch_size, options.device, failure_file, options.compiled)
+        _Run(trainer, data.loader, identity, recorder, preemption).epochs()
+        epochs = state.step // config.iterations
+        summary = {"config": config.to_dict(), **identity, "epochs_done": epochs, "history": state.history}
+        recorder.finish(state, task, options.data.fold, summary)
     return folder / FINAL
 
 
 class _Run:
-    """The epochs of a run, and what is recorded of them."""
+    """The epochs of a run, and when they are recorded and saved."""
 
     def __init__(
         self,
         trainer: Trainer,
-        data: Data,
-        folder: Path,
+        loader: PairLoader,
         identity: dict[str, object],
-        tracker: Tracker | None,
+        recorder: Recorder,
         preemption: Preemption,
     ) -> None:
         self.trainer = trainer
-        self.data = data
-        self.folder = folder
+        self.loader = loader
         self.identity = identity
-        self.tracker = tracker
+        self.recorder = recorder
         self.preemption = preemption
         self.saved = time.monotonic()
-        self.monitor = Monitor(data.held_out, trainer.device) if distributed.rank() == 0 else None
 
     def epochs(self) -> None:
         """Run the remaining epochs; save and plot as the options say."""
@@ -155,7 +125,7 @@ class _Run:
         total = config.epochs * config.iterations
         while state.step < total:
             end = (state.step // config.iterations + 1) * config.iterations
-            batches = self.data.loader.batches(state.step * config.accumulate, end * config.accumulate)
+            batches = self.loader.batches(state.step * config.accumulate, end * config.accumulate)
             record = self.trainer.epoch(batches, self._after_step)
             if record is not None:
                 self._record(record)
@@ -166,7 +136,8 @@ class _Run:
             if asked and state.step < total:
                 raise PreemptedError(
                     f"{self.preemption.requested or 'a signal to another process'}: stopped after step {state.step} of "
-                    f"{total}; everything is saved in {self.folder / LATEST}. The same command with --continue goes on."
+                    f"{total}; everything is saved in {self.recorder.folder / LATEST}. The same command with "
+                    "--continue goes on."
                 )
 
     def _after_step(self) -> bool:
@@ -182,33 +153,13 @@ class _Run:
 
     def _save(self) -> None:
         self.saved = time.monotonic()
-        if distributed.rank() == 0:
-            save_latest(self.folder / LATEST, self.trainer.state, self.trainer.config, self.identity)
+        self.recorder.save(self.trainer.state, self.trainer.config, self.identity)
 
     def _record(self, record: dict[str, float]) -> None:
-        """Measure on the held-out pairs; add the record to the history, the log, the plot and the trackers."""
-        state, config = self.trainer.state, self.trainer.config
-        if self.monitor is not None:
-            record = {**record, **self.monitor.evaluate(state.model, self.trainer.dtype)}
-        state.history.append(record)
-        if distributed.rank() > 0:
-            return
-        epoch = round(record["epoch"])
-        text = " ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
-        logger.info("epoch %d/%d: %s", epoch, config.epochs, text)
-        plot_progress(state.history, self.folder / "progress.png")
-        if self.tracker is not None:
-            self.tracker.log({k: v for k, v in record.items() if k != "epoch"}, epoch)
-
-
-@contextmanager
-def _tracker(folder: Path, options: dict[str, object], resumed: bool) -> Iterator[Tracker]:
-    """Open TensorBoard (and Weights & Biases, if asked for) for the duration of the run."""
-    tracker = open_trackers(folder, options, resumed)
-    try:
-        yield tracker
-    finally:
-        tracker.close()
+        """Measure on the held-out pairs, and add the record to the history."""
+        state = self.trainer.state
+        state.history.append({**record, **self.recorder.measure(state, self.trainer.dtype)})
+        self.recorder.record(state.history, self.trainer.config.epochs)
 
 
 def _batch_size(task: Task, config: PretrainConfig) -> int:

@@ -81,7 +81,7 @@ def test_an_unfinished_run_is_continued(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretraining.run.plot_progress", interrupt)
+        patch.setattr("pretraining.recorder.plot_progress", interrupt)
         with pytest.raises(SystemExit, match="code 130"):
             bench(arms=["simclr"])
     state = tmp_path / "work/2d/simclr" / LATEST

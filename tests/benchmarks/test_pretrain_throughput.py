@@ -39,7 +39,7 @@ def task(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def loader(task: Task) -> PairLoader:
-    return prepare(task, PretrainConfig(), DataOptions("all", (), (), False, 0, CPU), 3).loader
+    return prepare(task, PretrainConfig(), DataOptions(fold="all", num_workers=0), CPU, 3).loader
 
 
 def test_detecting_anew_gives_the_batches_of_the_cache(loader: PairLoader) -> None:

@@ -232,7 +232,7 @@ def make(tiny: Any, command: Any, **changes: Any) -> Data:
     options: dict[str, Any] = {"fold": "all", "datasets": (), "folders": (), "skip_bad": False, "num_workers": 2}
     config = PretrainConfig(patient_pattern=changes.pop("patient_pattern", PretrainConfig().patient_pattern))
     task = resolve_task("123", "2d", "SmallPlans")
-    return prepare(task, config, DataOptions(**{**options, **changes}, device=CPU), 4)
+    return prepare(task, config, DataOptions(**{**options, **changes}), CPU, 4)
 
 
 def test_held_out_patients_are_not_trained_on(tiny: Any, command: Any, make_texture: Texture) -> None:

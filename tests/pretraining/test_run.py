@@ -20,7 +20,7 @@ from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import kaf_plans
 from nnunetv2_kaf.weights import read_checkpoint
-from pretraining import cli, run
+from pretraining import cli, recorder, run
 from pretraining import prepare as prepare_module
 from pretraining.checkpoint import LATEST
 from pretraining.config import PRESETS, PretrainConfig
@@ -53,7 +53,7 @@ def command(tiny: Any, fast: list[str]) -> Command:
 @pytest.fixture
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than an epoch here."""
-    monkeypatch.setattr(run, "plot_progress", lambda *_: None)
+    monkeypatch.setattr(recorder, "plot_progress", lambda *_: None)
 
 
 def folder_of(tiny: Any, configuration: str = "2d", plans: str = "SmallPlans", kind: str = "KAF") -> Path:
@@ -147,7 +147,7 @@ def test_the_first_record_is_the_state_before_training(tiny: Any, command: Comma
     task = resolve_task("123", "2d", "SmallPlans")
     saved = latest(folder_of(tiny))
     config = PretrainConfig.from_dict(saved["config"])
-    data = prepare(task, config, DataOptions(0, (), (), False, 1, CPU), 3)
+    data = prepare(task, config, DataOptions(), CPU, 3)
     monitor = Monitor(data.held_out, CPU)
     fresh = run.build_state(task, config, CPU)
     assert saved["history"][0] == {"epoch": 0.0, **monitor.evaluate(fresh.model, None)}
@@ -466,13 +466,13 @@ def test_output_accumulate_and_compile(
 @pytest.mark.usefixtures("no_plot")
 def test_save_every(tiny: Any, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    original = run.save_latest
+    original = recorder.save_latest
 
     def save(path: Path, state: Any, *args: Any) -> None:
         saved.append(state.step)
         original(path, state, *args)
 
-    monkeypatch.setattr(run, "save_latest", save)
+    monkeypatch.setattr(recorder, "save_latest", save)
     few = ("--preset", "simclr", "--iterations", "1")
     assert cli.main(command(*few, "--epochs", "5", "--save-every", "2")) == 0
     assert saved == [2, 4, 5]
@@ -524,7 +524,7 @@ def test_a_batch_that_the_processes_cannot_share(
     tiny: Any, command: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(run.distributed, "world_size", lambda: 2)
-    options = run.RunOptions(CPU, 0)
+    options = run.RunOptions(device=CPU)
     task = resolve_task("123", "2d", "SmallPlans")
     with pytest.raises(KAFError, match=r"--batch-size is 3, which 2 processes .* multiple of 2"):
         run.pretrain(task, PretrainConfig(batch_size=3), options)

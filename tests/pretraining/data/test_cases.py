@@ -271,9 +271,9 @@ def test_wrong_channels_in_the_first_dataset_are_bad(
 
 def test_nothing_left_after_skipping(task: Task, tiny: Any) -> None:
     tiny.add("case_0", np.full(SHAPE, np.nan, np.float32))
-    options = DataOptions("all", (), (), True, 1, torch.device("cpu"))
+    options = DataOptions(fold="all", skip_bad=True)
     with pytest.raises(KAFError, match="nothing is left to train on"):
-        prepare(task, PretrainConfig(), options, 2)
+        prepare(task, PretrainConfig(), options, torch.device("cpu"), 2)
 
 
 def test_no_file_of_a_validation_patient_is_opened(
