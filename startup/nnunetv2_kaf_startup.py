@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# host module -> (prefix of the names that are ours, module that defines them). A prefix and not a list of names, so
-# that a new variant in the trainer module needs no change here.
-HOSTS: "dict[str, tuple[str, str]]" = {
-    "nnunetv2.training.nnUNetTrainer.nnUNetTrainer": ("nnUNetTrainerKAF", "nnunetv2_kaf.trainer"),
+# host module -> (prefix of the names that are ours, module that defines them) ..., of which the first prefix that fits
+# decides. Prefixes and not a list of names, so that a new variant in a trainer module needs no change here.
+HOSTS: "dict[str, tuple[tuple[str, str], ...]]" = {
+    "nnunetv2.training.nnUNetTrainer.nnUNetTrainer": (
+        ("nnUNetTrainerKAFSemi", "semisupervised.trainer"),
+        ("nnUNetTrainerSemi", "semisupervised.trainer"),
+        ("nnUNetTrainerKAF", "nnunetv2_kaf.trainer"),
+    ),
     "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner": (
-        "nnUNetPlannerKAF",
-        "nnunetv2_kaf.planner",
+        ("nnUNetPlannerKAF", "nnunetv2_kaf.planner"),
     ),
 }
 _MISSING = object()
@@ -58,13 +61,15 @@ def extend(module: "ModuleType") -> None:
     previous: Callable[[str], object] | None = namespace.get("__getattr__")
     if getattr(previous, _MARK, False):
         return
-    prefix, source = HOSTS[module.__name__]
+    ours = HOSTS[module.__name__]
 
     def __getattr__(name: str) -> object:  # noqa: N807 (the name that PEP 562 demands)
-        if name.startswith(prefix):
-            value = _lookup(source, name)
-            if value is not _MISSING:
-                return value
+        for prefix, source in ours:
+            if name.startswith(prefix):
+                value = _lookup(source, name)
+                if value is not _MISSING:
+                    return value
+                break
         if previous is not None:
             return previous(name)
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")

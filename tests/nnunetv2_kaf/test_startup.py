@@ -68,6 +68,12 @@ def sandbox(tmp_path: Path) -> Sandbox:
         "nnunetv2_kaf.planner",
         f"from {PLANNER_HOST} import ExperimentPlanner\nclass nnUNetPlannerKAF(ExperimentPlanner): pass\n",
     )
+    box.module(
+        "semisupervised.trainer",
+        f"from {TRAINER_HOST} import nnUNetTrainer\n"
+        "class nnUNetTrainerSemi_5epochs(nnUNetTrainer): pass\n"
+        "class nnUNetTrainerKAFSemi(nnUNetTrainer): pass\n",
+    )
     for file in ("__init__.py", "errors.py"):
         shutil.copy(ROOT / "nnunetv2_kaf" / file, box.root / "nnunetv2_kaf" / file)
     return box
@@ -77,10 +83,13 @@ def test_classes_and_variants_are_found_and_unknown_names_are_not(sandbox: Sandb
     sandbox.run(
         "t, p = import_module(TRAINER), import_module(PLANNER)\n"
         "assert not [m for m in sys.modules if m.startswith('nnunetv2_kaf.')], 'imported before it was asked for'\n"
-        "for name in ('nnUNetTrainerKAF', 'nnUNetTrainerKAF_5epochs'):\n"
+        "assert not hasattr(t, 'nnUNetTrainerFoo') and 'semisupervised' not in sys.modules\n"
+        "for name in ('nnUNetTrainerKAF', 'nnUNetTrainerKAF_5epochs', 'nnUNetTrainerKAFSemi',\n"
+        "             'nnUNetTrainerSemi_5epochs'):\n"
         "    assert issubclass(getattr(t, name), t.nnUNetTrainer)\n"
         "assert p.nnUNetPlannerKAF.__module__ == 'nnunetv2_kaf.planner'\n"
         "for module, name in ((t, 'nnUNetTrainerKAFNoSuch'), (t, 'nnUNetTrainerFoo'), (t, 'nnUNetPlannerKAF'),\n"
+        "                     (t, 'nnUNetTrainerKAFSemiNoSuch'), (t, 'nnUNetTrainerSemiNoSuch'),\n"
         "                     (p, 'nnUNetTrainerKAF'), (p, 'nnUNetPlannerKAFNoSuch'), (p, '__path__')):\n"
         "    assert not hasattr(module, name), name\n"
         "try:\n    t.nnUNetTrainerFoo\n"

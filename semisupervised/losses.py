@@ -1,0 +1,148 @@
+"""What the network learns from the teacher: labels of the voxels where it is sure, cross-entropy and soft Dice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.helpers import softmax_helper_dim1
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class PseudoLabels(NamedTuple):
+    """Labels by the teacher.
+
+    Attributes:
+        target: (B, 1, *S) int64 classes, or (B, R, *S) float32 of 0 and 1 for regions.
+        sure: (B, 1, *S) or (B, R, *S) bool, where the teacher is sure.
+    """
+
+    target: Tensor
+    sure: Tensor
+
+
+def pseudo_labels(logits: Tensor, threshold: float, regions: bool) -> PseudoLabels:
+    """Label voxels by the teacher's output.
+
+    Args:
+        logits: (B, C, *S) classes, or (B, R, *S) regions.
+        threshold: smallest probability of the label (for a region: of it or of its absence) of a sure voxel.
+        regions: whether the outputs are regions, which may overlap, instead of classes.
+    """
+    if regions:
+        probability = torch.sigmoid(logits.float())
+        target = (probability > 0.5).float()
+        return PseudoLabels(target, torch.maximum(probability, 1 - probability) >= threshold)
+    confidence, target = torch.softmax(logits.float(), 1).max(1, keepdim=True)
+    return PseudoLabels(target, confidence >= threshold)
+
+
+class UnlabelledLoss(nn.Module):
+    """Cross-entropy and nnU-Net's soft Dice on the sure voxels, over the outputs of deep supervision.
+
+    The cross-entropy is the mean over all voxels, with zeros where the teacher is not sure (as in FixMatch, Sohn et
+    al., NeurIPS 2020): it grows with the share of sure voxels.
+
+    Args:
+        regions: whether the outputs are regions.
+        batch_dice: nnU-Net's option of the configuration.
+        ddp: whether the Dice is that of all processes.
+        weights: of the outputs of deep supervision, finest first; those of 0 are left out.
+    """
+
+    def __init__(self, regions: bool, batch_dice: bool, ddp: bool, weights: Sequence[float] = (1.0,)) -> None:
+        super().__init__()
+        self.regions = regions
+        self.weights = tuple(float(weight) for weight in weights)
+        self.dice = MemoryEfficientSoftDiceLoss(
+            apply_nonlin=torch.sigmoid if regions else softmax_helper_dim1,
+            batch_dice=batch_dice,
+            do_bg=regions,
+            smooth=1e-5,
+            ddp=ddp,
+        )
+
+    def forward(self, outputs: Sequence[Tensor], labels: PseudoLabels) -> Tensor:
+        """Return the loss, a scalar.
+
+        Args:
+            outputs: logits (B, C, *S_i) of the network, finest first.
+            labels: of the same patches at the finest resolution; nearest voxels are taken for the coarser outputs.
+        """
+        total = outputs[0].new_zeros((), dtype=torch.float32)
+        for weight, output in zip(self.weights, outputs, strict=False):
+            if weight != 0:
+                total = total + weight * self._single(output, at_resolution(labels, output.shape[2:]))
+        return total
+
+    def _single(self, logits: Tensor, labels: PseudoLabels) -> Tensor:
+        target, sure = labels
+        if self.regions:
+            entropy = functional.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
+        else:
+            entropy = functional.cross_entropy(logits.float(), target[:, 0], reduction="none")[:, None]
+        dice: Tensor = self.dice(logits, target, loss_mask=sure)
+        entropy = (entropy * sure).mean()
+        return entropy + dice
+
+
+def at_resolution(labels: PseudoLabels, shape: Sequence[int]) -> PseudoLabels:
+    """Return the labels at another resolution, by the nearest voxel, as nnU-Net resamples labels."""
+    if tuple(labels.target.shape[2:]) == tuple(shape):
+        return labels
+    target = functional.interpolate(labels.target.float(), size=tuple(shape), mode="nearest-exact")
+    sure = functional.interpolate(labels.sure.float(), size=tuple(shape), mode="nearest-exact") > 0.5
+    return PseudoLabels(target.to(labels.target.dtype), sure)
+
+
+class Pending(NamedTuple):
+    """What the loss of the next batch needs.
+
+    Attributes:
+        labelled: number of labelled patches, which come first in the batch.
+        labels: of the other patches.
+        weight: of their loss.
+    """
+
+    labelled: int
+    labels: PseudoLabels
+    weight: float
+
+
+class SemiLoss(nn.Module):
+    """nnU-Net's loss; for a batch that ends with unlabelled patches, plus the loss of these.
+
+    Args:
+        labelled: nnU-Net's loss.
+        unlabelled: of the patches labelled by the teacher.
+    """
+
+    def __init__(self, labelled: nn.Module, unlabelled: UnlabelledLoss) -> None:
+        super().__init__()
+        self.labelled, self.unlabelled = labelled, unlabelled
+        self.pending: Pending | None = None
+        self.parts: tuple[Tensor, Tensor] | None = None
+        self.student: Tensor | None = None
+
+    def forward(self, output: Tensor | Sequence[Tensor], target: Tensor | list[Tensor]) -> Tensor:
+        """Return the loss, a scalar.
+
+        Args:
+            output: of the network: one tensor, or with deep supervision several, finest first.
+            target: of the labelled patches, as nnU-Net gives it.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            loss: Tensor = self.labelled(output, target)
+            return loss
+        several = isinstance(output, (list, tuple))
+        outputs: list[Tensor] = list(output) if several else [output]  # type: ignore[list-item]
+        first = [tensor[: pending.labelled] for tensor in outputs]
+        known: Tensor = self.labelled(first if several else first[0], target)
+        guessed: Tensor = self.unlabelled([tensor[pending.labelled :] for tensor in outputs], pending.labels)
+        self.parts = known.detach(), guessed.detach()
+        self.student = first[0].detach()
+        return known + pending.weight * guessed

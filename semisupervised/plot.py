@@ -1,0 +1,41 @@
+"""Curves of the semi-supervised part of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_history(history: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
+    """Plot losses, weight, share of sure voxels and agreement, and the classes in the pseudo-labels over the epochs.
+
+    Args:
+        history: records of the epochs.
+        names: of the foreground classes.
+        path: image to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    epochs = [record["epoch"] for record in history]
+    figure = Figure(figsize=(8, 11), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, trust, classes = figure.subplots(3, 1, sharex=True)
+    for key, label in (("labelled_loss", "labelled"), ("unlabelled_loss", "unlabelled"), ("weight", "weight")):
+        losses.plot(epochs, [record[key] for record in history], label=label)
+    losses.set_ylabel("loss, weight of the unlabelled one")
+    trust.plot(epochs, [record["sure"] for record in history], label="share of sure voxels")
+    trust.plot(epochs, [record["agreement"] for record in history], label="agreement on labelled training patches")
+    for record in history:
+        if record["collapse"]:
+            trust.axvline(record["epoch"], color="red", alpha=0.3)
+    trust.set_ylim(0, 1.02)
+    trust.set_ylabel("teacher (red: collapse)")
+    for i, name in enumerate(names):
+        classes.plot(epochs, [record["shares"][i] for record in history], label=f"class {name}")
+    classes.set_ylabel("share of the sure voxels")
+    classes.set_xlabel("epoch")
+    for axes in (losses, trust, classes):
+        axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,225 @@
+"""Batches of unlabelled patches, and labelled ones in the same order in every run, made in the background or not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pretraining.data.images import MEMORY, PreprocessedImages
+from semisupervised.seeding import isolated, seed_everything
+from semisupervised.strong import StrongAugmentation, draw_box
+
+UNLABELLED, TRAINING, VALIDATION = range(3)
+"""Streams of random numbers."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the unlabelled images are; opened in the process that reads them.
+
+    Attributes:
+        folder: of the first dataset's preprocessed images.
+        command: that makes them.
+        cases: identifiers, those of further sources as `<source>/<case>`.
+        further: files of further sources by identifier.
+    """
+
+    folder: Path
+    command: str
+    cases: tuple[str, ...]
+    further: Mapping[str, Path] = field(default_factory=dict)
+
+    def open(self, memory: int = MEMORY) -> PreprocessedImages:
+        """Return the reader; never of a label."""
+        return PreprocessedImages(self.folder, self.command, self.further, memory)
+
+
+def share_of(total: int, rank: int, world_size: int) -> list[int]:
+    """Return the places in the global batch of one process; sizes differ by 1 at most."""
+    return [int(i) for i in np.array_split(np.arange(total), world_size)[rank]]
+
+
+def partner_of(place: int, total: int) -> int:
+    """Return the patch that CutMix takes a box from: neighbours of the global batch exchange theirs."""
+    return place ^ 1 if place ^ 1 < total else 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a patch is cut out, as nnU-Net cuts the labelled ones.
+
+    Attributes:
+        crop: shape that is read, with the margin that rotation and scaling need.
+        patch: shape that the network sees.
+        weak: nnU-Net's spatial transforms, called with an image.
+    """
+
+    crop: tuple[int, ...]
+    patch: tuple[int, ...]
+    weak: Any
+
+
+class UnlabelledPatches(Dataset[dict[str, Any]]):
+    """The unlabelled batch of every step: patches in the weak view, and what makes the strong one of them.
+
+    A batch depends on the seed and the step alone. Of several processes each makes its share of the global batch; a
+    patch whose partner for CutMix another process has is followed, at the end, by a copy of that partner.
+
+    Args:
+        images: to draw from, each case equally often.
+        geometry: of the patches.
+        strong: the strong augmentation.
+        cutmix: probability of a CutMix box.
+        seed: of the training.
+        places: of this process's patches in the global batch.
+        total: patches in the global batch.
+        memory: bytes of images to keep in memory, per process that reads.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        geometry: Geometry,
+        strong: StrongAugmentation,
+        cutmix: float,
+        seed: int,
+        places: Sequence[int],
+        total: int,
+        memory: int = MEMORY,
+    ) -> None:
+        self.images, self.geometry, self.strong = images, geometry, strong
+        self.cutmix, self.seed, self.memory = cutmix, seed, memory
+        partners = [partner_of(place, total) for place in places]
+        self.places = [*places, *sorted(set(partners) - set(places))]
+        self.partners = [self.places.index(partner) for partner in partners]
+        self._reader: PreprocessedImages | None = None
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """Return the batch of a step.
+
+        Returns:
+            data: (n, C, *S) float32, own patches first, then partners of other processes.
+            intensity: (n, C, 7), seeds: (n,), for `strong_view`.
+            boxes: (m, D, 2) of the m own patches, partners: (m,) index in the batch.
+            keys: n identifiers of cases.
+        """
+        samples = [self._sample(step, place) for place in self.places]
+        own = len(self.partners)
+        return {
+            "data": torch.stack([sample["image"] for sample in samples]),
+            "intensity": torch.stack([sample["intensity"] for sample in samples]),
+            "seeds": torch.tensor([sample["seed"] for sample in samples]),
+            "boxes": torch.stack([sample["box"] for sample in samples[:own]]),
+            "partners": torch.tensor(self.partners),
+            "keys": [sample["case"] for sample in samples],
+        }
+
+    def _sample(self, step: int, place: int) -> dict[str, Any]:
+        words = (self.seed, UNLABELLED, step, place)
+        generator = np.random.default_rng(words)
+        case = self.images.cases[int(generator.integers(len(self.images.cases)))]
+        crop = self._crop(case, generator)
+        with isolated(words):
+            image = self.geometry.weak(image=crop)["image"].contiguous()
+        return {
+            "case": case,
+            "image": image,
+            "intensity": self.strong.draw(generator, len(image)),
+            "seed": int(generator.integers(2**31)),
+            "box": draw_box(generator, self.geometry.patch, self.cutmix),
+        }
+
+    def _crop(self, case: str, generator: np.random.Generator) -> torch.Tensor:
+        """Cut a region anywhere in the image or over its border by as much as nnU-Net allows; outside is 0."""
+        if self._reader is None:
+            self._reader = self.images.open(self.memory)
+        flat = len(self.geometry.patch) == 2
+        crop, patch = (((1, *size) if flat else size) for size in (self.geometry.crop, self.geometry.patch))
+        channels, *shape = self._reader.shape(case)
+        out = np.zeros((channels, *crop), dtype=np.float32)
+        source, target = [], []
+        for n, size, final in zip(shape, crop, patch, strict=True):
+            margin = max(size - final, size - n)  # over both borders together
+            first = int(generator.integers(-(margin // 2), n - size + margin - margin // 2 + 1))
+            low, high = max(0, first), min(n, first + size)
+            source.append(slice(low, high))
+            target.append(slice(low - first, high - first))
+        out[(slice(None), *target)] = self._reader.read(case, source)
+        return torch.from_numpy(out[:, 0] if flat else out)
+
+
+class LabelledBatches(Dataset[Any]):
+    """nnU-Net's batches, each of them drawn from the seed and its step alone.
+
+    Args:
+        loader: nnU-Net's `nnUNetDataLoader`, with its transforms.
+        words: seed, stream and process.
+    """
+
+    def __init__(self, loader: Any, words: Sequence[int]) -> None:
+        self.loader, self.words = loader, tuple(words)
+
+    def __getitem__(self, step: int) -> Any:
+        """Return the batch of a step; in a process of its own, whose generators nothing else uses."""
+        seed_everything((*self.words, step))
+        batch = self.loader.generate_train_batch()
+        batch["keys"] = [str(key) for key in batch["keys"]]
+        return batch
+
+
+class _From:
+    """Whole numbers from a first one on."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.first)
+
+
+class Stream:
+    """Batches of a data set from a step on, in their order.
+
+    Args:
+        batches: data set; item i is the batch of step i.
+        first: step to start with.
+        workers: processes that make batches ahead; 0 makes them when they are asked for.
+        pin_memory: for a GPU.
+    """
+
+    def __init__(self, batches: Dataset[Any], first: int, workers: int, pin_memory: bool) -> None:
+        self.batches, self.workers = batches, workers
+        self._numbers = itertools.count(first)
+        self._iterator: Iterator[Any] | None = None
+        if workers > 0:
+            ahead = max(2, -(-6 // workers))
+            loader: DataLoader[Any] = DataLoader(
+                batches,
+                batch_size=None,
+                sampler=_From(first),
+                num_workers=workers,
+                pin_memory=pin_memory,
+                prefetch_factor=ahead,
+            )
+            self._iterator = iter(loader)
+
+    def __iter__(self) -> Stream:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """Return the next batch; there is always one."""
+        if self._iterator is not None:
+            return next(self._iterator)
+        return self.batches[next(self._numbers)]
+
+    def close(self) -> None:
+        """End the processes."""
+        self._iterator = None

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from semisupervised.guard import LOWEST, EpochSums, Guard
+
+
+def test_a_healthy_training_keeps_its_weight():
+    guard = Guard(["a", "b"])
+    for epoch in range(20):
+        assert not guard.judge([0.1, 0.02], 0.5 + epoch / 50, learned=True)
+    assert guard.factor == 1
+
+
+def test_a_class_that_vanishes_lowers_the_weight_until_it_is_back():
+    guard = Guard(["a", "b"])
+    guard.judge([0.1, 0.02], 0.9, learned=True)
+    (reason,) = guard.judge([0.1, 0.0005], 0.9, learned=True)
+    assert "class b" in reason
+    assert guard.factor == 0.5
+    for _ in range(10):
+        guard.judge([0.1, 0.0], 0.9, learned=True)
+    assert guard.factor == LOWEST
+    for _ in range(4):
+        assert not guard.judge([0.1, 0.02], 0.9, learned=True)
+    assert guard.factor == 1
+
+
+def test_a_class_that_is_not_there_yet_has_not_vanished():
+    guard = Guard(["a"])
+    assert not guard.judge([0.0], 0.1, learned=False)
+    assert guard.judge([0.0], 0.1, learned=True)
+
+
+def test_falling_agreement_lowers_the_weight():
+    guard = Guard(["a"])
+    guard.judge([0.1], 0.9, learned=True)
+    assert not guard.judge([0.1], 0.8, learned=True)
+    (reason,) = guard.judge([0.1], 0.6, learned=True)
+    assert "agree less" in reason
+
+
+def test_a_continued_guard_judges_alike():
+    first = Guard(["a"])
+    first.judge([0.1], 0.9, learned=True)
+    second = Guard(["a"])
+    second.load_state_dict(first.state_dict())
+    assert second.judge([0.001], 0.9, learned=True) == first.judge([0.001], 0.9, learned=True)
+    assert second == first
+
+
+def test_the_sums_are_those_of_a_naive_count():
+    sums = EpochSums(2, torch.device("cpu"))
+    target = torch.tensor([[0, 1, 1, 2], [2, 2, 0, 0]]).view(2, 1, 4)
+    sure = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]], dtype=torch.bool).view(2, 1, 4)
+    sums.add_pseudo_labels(target, sure)
+    student = torch.tensor([[0, 1, 0, 2], [2, 1, 0, 0]]).view(2, 1, 4)
+    sums.add_agreement(target, student)
+    sums.add_losses(torch.tensor(1.0), torch.tensor(3.0))
+    sums.add_losses(torch.tensor(2.0), torch.tensor(5.0))
+    record = sums.finish(ddp=False)
+    assert record["sure"] == pytest.approx(6 / 8)
+    assert record["shares"] == pytest.approx([1 / 6, 2 / 6])
+    dice = (2 * 1 / (2 + 2), 2 * 2 / (3 + 2))
+    assert record["agreement"] == pytest.approx(sum(dice) / 2)
+    assert record["labelled_loss"] == pytest.approx(1.5)
+    assert record["unlabelled_loss"] == pytest.approx(4)
+    assert sums.finish(ddp=False)["sure"] == 0, "every epoch starts from 0"
+
+
+def test_regions_are_counted_one_by_one():
+    sums = EpochSums(2, torch.device("cpu"))
+    target = torch.tensor([[[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]]])
+    sums.add_pseudo_labels(target, torch.ones(1, 2, 3, dtype=torch.bool))
+    assert sums.finish(ddp=False)["shares"] == pytest.approx([2 / 6, 1 / 6])

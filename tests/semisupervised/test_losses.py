@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from semisupervised.losses import Pending, PseudoLabels, SemiLoss, UnlabelledLoss, at_resolution, pseudo_labels
+
+
+def logits(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def test_only_confident_voxels_are_sure():
+    probability = torch.tensor([[0.96, 0.04], [0.5, 0.5], [0.2, 0.8]]).log().T[None, :, :, None]
+    labels = pseudo_labels(probability, 0.95, regions=False)
+    assert labels.target[0, 0, :, 0].tolist()[0::2] == [0, 1]
+    assert labels.sure[0, 0, :, 0].tolist() == [True, False, False]
+    region = pseudo_labels(torch.tensor([4.0, -4.0, 0.1]).view(1, 1, 3, 1), 0.95, regions=True)
+    assert region.target.flatten().tolist() == [1, 0, 1]
+    assert region.sure.flatten().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 4, 5)])
+def test_the_loss_is_that_of_a_naive_loop(shape):
+    output = logits(2, 3, *shape)
+    labels = pseudo_labels(logits(2, 3, *shape).flip(0), 0.8, regions=False)
+    probability = output.softmax(1)
+    entropy, count = 0.0, 0
+    overlap, guessed, wanted = [0.0] * 3, [0.0] * 3, [0.0] * 3
+    for b in range(2):
+        for place in torch.cartesian_prod(*[torch.arange(n) for n in shape]).tolist():
+            count += 1
+            if not labels.sure[(b, 0, *place)]:
+                continue
+            wish = int(labels.target[(b, 0, *place)])
+            entropy -= math.log(float(probability[(b, wish, *place)]))
+            for c in range(3):
+                p = float(probability[(b, c, *place)])
+                guessed[c] += p
+                wanted[c] += c == wish
+                overlap[c] += p * (c == wish)
+    dice = sum((2 * overlap[c] + 1e-5) / (guessed[c] + wanted[c] + 1e-5) for c in (1, 2)) / 2
+    loss = UnlabelledLoss(regions=False, batch_dice=True, ddp=False)([output], labels)
+    assert loss.item() == pytest.approx(entropy / count - dice, rel=1e-4)
+
+
+def test_unsure_voxels_do_not_matter():
+    for regions in (False, True):
+        output = logits(2, 3, 6, 6).requires_grad_()
+        labels = pseudo_labels(logits(2, 3, 6, 6).flip(1), 0.9, regions)
+        loss = UnlabelledLoss(regions, batch_dice=False, ddp=False)([output], labels)
+        loss.backward()
+        sure = labels.sure.expand(2, 3, 6, 6)
+        assert (output.grad[~sure] == 0).all()
+        assert (output.grad[sure] != 0).any()
+        other = torch.where(labels.sure, labels.target, (1 - labels.target).abs())
+        again = UnlabelledLoss(regions, batch_dice=False, ddp=False)([output], PseudoLabels(other, labels.sure))
+        assert again.item() == pytest.approx(loss.item())
+
+
+def test_nothing_sure_gives_no_gradient():
+    output = logits(1, 3, 4, 4).requires_grad_()
+    labels = PseudoLabels(torch.zeros(1, 1, 4, 4, dtype=torch.int64), torch.zeros(1, 1, 4, 4, dtype=torch.bool))
+    UnlabelledLoss(False, batch_dice=True, ddp=False)([output], labels).backward()
+    assert torch.equal(output.grad, torch.zeros_like(output))
+
+
+def test_deep_supervision_weighs_the_outputs_at_their_resolution():
+    labels = pseudo_labels(logits(2, 3, 8, 8), 0.5, regions=False)
+    fine, coarse, coarsest = logits(2, 3, 8, 8), logits(2, 3, 4, 4), logits(2, 3, 2, 2)
+    single = UnlabelledLoss(False, batch_dice=True, ddp=False)
+    both = UnlabelledLoss(False, batch_dice=True, ddp=False, weights=(0.75, 0.25, 0.0))
+    expected = 0.75 * single([fine], labels) + 0.25 * single([coarse], at_resolution(labels, (4, 4)))
+    assert both([fine, coarse, coarsest], labels).item() == pytest.approx(expected.item())
+    half = at_resolution(labels, (4, 4))
+    assert torch.equal(half.target, labels.target[:, :, 1::2, 1::2])
+    assert half.sure.dtype == torch.bool
+
+
+def test_the_batch_is_split_between_the_two_losses():
+    class Mean(nn.Module):
+        def forward(self, output, target):
+            return (output - target).abs().mean()
+
+    loss = SemiLoss(Mean(), UnlabelledLoss(False, batch_dice=True, ddp=False))
+    output = logits(5, 3, 4, 4)
+    target = torch.zeros(2, 3, 4, 4)
+    labels = pseudo_labels(logits(3, 3, 4, 4), 0.5, regions=False)
+    loss.pending = Pending(2, labels, 0.25)
+    value = loss(output, target)
+    known, guessed = output[:2].abs().mean(), loss.unlabelled([output[2:]], labels)
+    assert value.item() == pytest.approx((known + 0.25 * guessed).item())
+    assert [part.item() for part in loss.parts] == pytest.approx([known.item(), guessed.item()])
+    assert loss(output[:2], target).item() == pytest.approx(known.item()), "a validation batch has no unlabelled part"
