@@ -75,8 +75,22 @@ class KeypointDetector(nn.Module):
     Gaussian spans correspondingly fewer voxels, so a 10 mm slice axis is not blurred like a 1.5 mm one.
 
     Args:
-        config: number of keypoints, channels, scales and threshold.
+        config: Number of keypoints, channels, scales and threshold.
         spacing: D voxel spacings in mm, array order.
+
+    Examples:
+        A bright spot of 2 mm on a slice of 1 mm x 2 mm voxels is one keypoint; the other places stay empty:
+
+        >>> import torch
+        >>> from nnunetv2_kaf import KAFConfig, KeypointDetector
+        >>> y, x = torch.meshgrid(torch.arange(32.0), torch.arange(24.0), indexing="ij")
+        >>> spot = torch.exp(-((y - 20) ** 2 + (2 * (x - 8)) ** 2) / (2 * 2.0**2))
+        >>> detector = KeypointDetector(KAFConfig(num_keypoints=4, detection_threshold=0.5), spacing=(1.0, 2.0))
+        >>> keypoints = detector(spot[None, None])
+        >>> keypoints.coords[keypoints.valid].tolist()
+        [[20.0, 8.0]]
+        >>> keypoints.valid.tolist()
+        [[True, False, False, False]]
     """
 
     def __init__(self, config: KAFConfig, spacing: Sequence[float]) -> None:

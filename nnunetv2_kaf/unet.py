@@ -32,11 +32,34 @@ class KAFUNet(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
     `n_blocks_per_stage`), plus:
 
     Args:
-        kaf: the `kaf` block, see `KAFConfig`.
-        spacing: voxel spacing of the configuration in mm, array order.
+        kaf: A `KAFConfig`, or the `kaf` block of plans, its JSON form.
+        spacing: Voxel spacing of the configuration in mm, array order.
 
     Raises:
-        KAFError: the kaf block does not fit the network, or not exactly one backbone is named.
+        KAFError: The kaf block does not fit the network, or not exactly one backbone is named.
+
+    Examples:
+        A small network in 2D, for images of 1 channel and 3 classes:
+
+        >>> import torch
+        >>> from nnunetv2_kaf import KAFConfig, KAFUNet
+        >>> network = KAFUNet(
+        ...     input_channels=1, num_classes=3, n_stages=3, features_per_stage=(8, 16, 32),
+        ...     conv_op=torch.nn.Conv2d, kernel_sizes=3, strides=(1, 2, 2), n_conv_per_stage=1,
+        ...     n_conv_per_stage_decoder=1, norm_op=torch.nn.InstanceNorm2d, nonlin=torch.nn.LeakyReLU,
+        ...     kaf=KAFConfig(num_keypoints=32), spacing=(1.5, 1.0),
+        ... ).apply(KAFUNet.initialize)
+        >>> image = torch.randn(2, 1, 64, 48)
+        >>> network(image).shape
+        torch.Size([2, 3, 64, 48])
+
+        The keypoints that its layers used, and their tokens on the two levels that carry a layer:
+
+        >>> output = network.encoder.forward_features(image)
+        >>> output.keypoints.coords.shape
+        torch.Size([2, 32, 2])
+        >>> [tuple(tokens.shape) for tokens in output.tokens]
+        [(2, 32, 96), (2, 32, 96)]
     """
 
     def __init__(
@@ -49,7 +72,7 @@ class KAFUNet(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         kernel_sizes: int | Sequence[Any],
         strides: int | Sequence[Any],
         n_conv_per_stage_decoder: int | Sequence[int],
-        kaf: Mapping[str, Any],
+        kaf: Mapping[str, Any] | KAFConfig,
         spacing: Sequence[float],
         n_conv_per_stage: int | Sequence[int] | None = None,
         n_blocks_per_stage: int | Sequence[int] | None = None,
@@ -92,7 +115,7 @@ class KAFUNet(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
             input_channels,
             _per_stage(per_stage, n_stages),
             common,
-            KAFConfig.from_dict(kaf),
+            kaf if isinstance(kaf, KAFConfig) else KAFConfig.from_dict(kaf),
             spacing,
         )
         self.decoder = _decoder(self.encoder, num_classes, n_conv_per_stage_decoder, deep_supervision, backbone_options)

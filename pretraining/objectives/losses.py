@@ -42,6 +42,20 @@ def supervised_contrastive(embeddings: Tensor, positives: Tensor, temperature: f
 
     Raises:
         KAFError: if the shapes disagree or the temperature is not positive.
+
+    Examples:
+        The two views of two images, that of each image equal to its other one and orthogonal to the rest:
+
+        >>> import torch
+        >>> from pretraining.objectives.positives import simclr_positives
+        >>> views = torch.eye(2).repeat(2, 1)
+        >>> round(supervised_contrastive(views, simclr_positives(4), temperature=0.5).item(), 4)
+        0.2395
+
+        Collapsed embeddings give log(N - 1):
+
+        >>> round(supervised_contrastive(torch.ones(4, 8), simclr_positives(4)).exp().item(), 4)
+        3.0
     """
     count = embeddings.shape[0]
     if embeddings.ndim != 2 or positives.shape != (count, count):
@@ -93,6 +107,19 @@ def local_contrastive(
 
     Raises:
         KAFError: if the shapes disagree or the temperature is not positive.
+
+    Examples:
+        One pair of views with three keypoints each, of which the first two correspond crosswise:
+
+        >>> import torch
+        >>> first = torch.eye(4)[None, :3]
+        >>> valid = torch.ones(1, 3, dtype=torch.bool)
+        >>> loss, counted = local_contrastive(first, first[:, [1, 0, 2]], valid, valid, torch.tensor([[1, 0, -1]]))
+        >>> loss.item() < 0.001, counted.tolist()
+        (True, [True])
+        >>> loss, _ = local_contrastive(first, first, valid, valid, torch.tensor([[1, 0, -1]]))
+        >>> round(loss.item())
+        10
     """
     check_shapes(first, second, valid_first, valid_second, matches)
     _check_temperature(temperature)

@@ -154,6 +154,19 @@ def transport_loss(
 
     Raises:
         KAFError: if the shapes disagree.
+
+    Examples:
+        Two keypoints a view; the first ones correspond, the others have no partner:
+
+        >>> import torch
+        >>> first = 8 * torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0]]])
+        >>> second = 8 * torch.tensor([[[1.0, 0, 0, 0], [0, 0, 1, 0]]])
+        >>> valid = torch.ones(1, 2, dtype=torch.bool)
+        >>> options = {"dustbin": torch.tensor(8.0), "iterations": 50, "matched_weight": 1, "unmatched_weight": 1}
+        >>> right, _ = transport_loss(first, second, valid, valid, torch.tensor([[0, -1]]), **options)
+        >>> wrong, _ = transport_loss(first, second, valid, valid, torch.tensor([[1, -1]]), **options)
+        >>> round(right.item(), 2), round(wrong.item(), 1)
+        (0.01, 29.9)
     """
     check_shapes(first, second, valid_first, valid_second, matches)
     function = partial(
