@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.files import atomic_write
+from nnunetv2_kaf.files import replacing
 from nnunetv2_kaf.plans import is_kaf
 from nnunetv2_kaf.trainer import nnUNetTrainerKAF
 from pretraining.data.images import MEMORY
@@ -358,7 +358,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
     def _write_history(self) -> None:
         folder = Path(self.output_folder)
         content = {"classes": list(self._guard.names), "epochs": self.semi_history}
-        atomic_write(folder / HISTORY_FILE, lambda handle: handle.write(json.dumps(content, indent=1).encode()))
+        with replacing(folder / HISTORY_FILE) as file:
+            file.write_text(json.dumps(content, indent=1) + "\n")
         last = self.current_epoch + 1 >= self.num_epochs
         if last or (self.current_epoch + 1) % self.save_every == 0:
             plot_history(self.semi_history, self._guard.names, folder / PLOT_FILE)

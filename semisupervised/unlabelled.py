@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.files import atomic_write
+from nnunetv2_kaf.files import replacing
 from nnunetv2_kaf.plans import pretraining_folder
 from nnunetv2_kaf.weights import read_checkpoint
 from pretraining.config import PretrainConfig
@@ -265,5 +265,5 @@ def prepare(
 
 def write_record(folder: Path, unlabelled: Unlabelled) -> None:
     """Write which images a training uses beside its checkpoints."""
-    text = json.dumps(unlabelled.to_dict(), indent=2) + "\n"
-    atomic_write(folder / RECORD_FILE, lambda handle: handle.write(text.encode()))
+    with replacing(folder / RECORD_FILE) as file:
+        file.write_text(json.dumps(unlabelled.to_dict(), indent=2) + "\n")
