@@ -80,7 +80,7 @@ def model_plans(ndim: int, channels: int, network: str) -> dict[str, Any]:
     }
     if network == "plain":
         return plans
-    config = KAFConfig(num_keypoints=20, token_dim=8, num_blocks=2, num_heads=2, position_hidden=(4,), levels=(0, 1))
+    config = KAFConfig(num_keypoints=48, token_dim=8, num_blocks=2, num_heads=2, position_hidden=(4,), levels=(0, 1))
     return kaf_plans(plans, config)
 
 

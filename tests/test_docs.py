@@ -37,6 +37,7 @@ OF_OTHERS = {
         "--jobs",
         "--on",
         "--out",
+        "--page",
         "--report",
         "--work",
     },

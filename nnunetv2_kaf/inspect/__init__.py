@@ -9,7 +9,7 @@
 `Inspection` sees any forward pass of a network of your own.
 """
 
-from nnunetv2_kaf.inspect.case import CaseView, view_case
+from nnunetv2_kaf.inspect.case import CaseView, patch_around, preprocess_case, view_case
 from nnunetv2_kaf.inspect.hooks import (
     Inspection,
     Level,
@@ -32,6 +32,8 @@ __all__ = [
     "kaf_encoder",
     "layer_spacing",
     "open_model",
+    "patch_around",
+    "preprocess_case",
     "scales_mm",
     "spread_out",
     "unwrapped",

@@ -96,7 +96,7 @@ def view_case(
         )
     manager = model.manager()
     configuration = manager.get_configuration(model.configuration)
-    data, reference, properties = _preprocess(model, images, label)
+    data, reference, properties = preprocess_case(model, images, label)
     logits = _predict(model, torch.from_numpy(data), torch.device(device), mirror)
     mean = torch.stack(logits).mean(0)
     labels = manager.get_label_manager(dict(model.dataset_json))
@@ -127,10 +127,22 @@ def view_case(
     )
 
 
-def _preprocess(
+def preprocess_case(
     model: TrainedModel, images: Sequence[str | Path], label: str | Path | None
 ) -> tuple[FloatArray, LabelArray | None, dict[str, Any]]:
-    """The image (C, Z, Y, X), the reference (Z, Y, X) on its grid, and what nnU-Net needs to go back."""
+    """Preprocess a case as the model's training data were.
+
+    Args:
+        model: from `open_model`.
+        images: one file per channel, in their order.
+        label: reference segmentation.
+
+    Returns:
+        The image (C, Z, Y, X), the reference (Z, Y, X) on its grid or None, and what nnU-Net needs to go back.
+
+    Raises:
+        KAFError: the files cannot be read as a case of this model.
+    """
     manager = model.manager()
     configuration = manager.get_configuration(model.configuration)
     channels = len(model.dataset_json.get("channel_names") or model.dataset_json.get("modality") or {})

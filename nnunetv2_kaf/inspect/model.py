@@ -83,8 +83,11 @@ class TrainedModel:
         """The plans in nnU-Net's form."""
         return PlansManager(dict(self.plans))
 
-    def build(self, fold: Fold) -> nn.Module:
+    def build(self, fold: Fold | None) -> nn.Module:
         """The network with the weights of a fold, in evaluation mode.
+
+        Args:
+            fold: one of `folds`; None = fresh weights, as at the start of a training from scratch.
 
         Raises:
             KAFError: the weights do not belong to the network that the plans describe.
@@ -98,9 +101,11 @@ class TrainedModel:
             configuration.network_arch_init_kwargs_req_import,
             channels,
             manager.get_label_manager(dict(self.dataset_json)).num_segmentation_heads,
-            allow_init=False,
+            allow_init=fold is None,
             deep_supervision=False,
         )
+        if fold is None:
+            return network.eval()
         try:
             network.load_state_dict(dict(fold.weights))
         except RuntimeError as error:
