@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor
 
+from nnunetv2_kaf.architecture import build_network
 from nnunetv2_kaf.encoder import KAFEncoder
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256
@@ -108,15 +108,8 @@ def open_network(kind: str, path: Path, seed: int) -> tuple[Network, TrainedMode
 def _pretrained(path: Path) -> KAFEncoder:
     """The encoder of a pretraining checkpoint."""
     checkpoint = read_checkpoint(path)
-    entry = checkpoint["architecture"]
-    network = get_network_from_plans(
-        entry["network_class_name"],
-        entry["arch_kwargs"],
-        entry["_kw_requires_import"],
-        checkpoint["num_input_channels"],
-        2,
-        allow_init=False,
-        deep_supervision=False,
+    network = build_network(
+        checkpoint["architecture"], checkpoint["num_input_channels"], 2, where=str(path), initialize=False
     )
     encoder = kaf_encoder(network)
     weights = {k.removeprefix("encoder."): v for k, v in checkpoint["network_weights"].items() if k[:8] == "encoder."}

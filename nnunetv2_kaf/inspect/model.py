@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunetv2_kaf.architecture import build_network
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.plans import is_kaf, resolve_configuration
-from nnunetv2_kaf.safe_load import load_safely
+from nnunetv2_kaf.plans import is_kaf, read_description, read_plans, resolve_configuration
+from nnunetv2_kaf.safe_load import load_safely, read_json
 
 FINAL = "checkpoint_final.pth"
 INITIALIZATION_FILE = "kaf_initialization.json"
@@ -95,14 +94,13 @@ class TrainedModel:
         manager = self.manager()
         configuration = manager.get_configuration(self.configuration)
         channels = determine_num_input_channels(manager, configuration, dict(self.dataset_json))
-        network: nn.Module = get_network_from_plans(
-            configuration.network_arch_class_name,
-            configuration.network_arch_init_kwargs,
-            configuration.network_arch_init_kwargs_req_import,
+        network = build_network(
+            resolve_configuration(self.plans, self.configuration)["architecture"],
             channels,
             manager.get_label_manager(dict(self.dataset_json)).num_segmentation_heads,
-            allow_init=fold is None,
+            where=f"{self.folder / 'plans.json'}, configuration {self.configuration}",
             deep_supervision=False,
+            initialize=fold is None,
         )
         if fold is None:
             return network.eval()
@@ -131,7 +129,12 @@ def open_model(folder: str | Path, folds: Sequence[str] | None = None, checkpoin
     folder = Path(folder)
     if not folder.is_dir():
         raise KAFError(f"{folder} does not exist or is no folder. Give a model folder: TRAINER__PLANS__CONFIGURATION.")
-    plans, dataset_json = (_read_json(folder / f"{name}.json") for name in ("plans", "dataset"))
+    if not (folder / "plans.json").is_file():
+        raise KAFError(
+            f"{folder} holds no plans.json, so it is no model folder. Give the folder TRAINER__PLANS__CONFIGURATION in "
+            "nnUNet_results, with plans.json, dataset.json and fold_*."
+        )
+    plans, dataset_json = read_plans(folder / "plans.json"), read_description(folder / "dataset.json")
     files = _fold_files(folder, folds, checkpoint)
     contents = [load_safely(file) for file in files]
     for file, content in zip(files, contents, strict=True):
@@ -139,7 +142,7 @@ def open_model(folder: str | Path, folds: Sequence[str] | None = None, checkpoin
         if missing:
             raise KAFError(f"{file}: found no {', '.join(missing)}; expected a checkpoint of an nnU-Net training.")
     configuration = str(contents[0]["init_args"]["configuration"])
-    resolve_configuration(plans, configuration)
+    resolve_configuration(plans, configuration, str(folder / "plans.json"))
     axes = contents[0].get("inference_allowed_mirroring_axes")
     return TrainedModel(
         folder=folder,
@@ -159,7 +162,7 @@ def _fold(file: Path, content: Mapping[str, Any]) -> Fold:
         folder=file.parent,
         weights=content["network_weights"],
         logging=content.get("logging") or {},
-        initialization=_read_json(record) if record.is_file() else {},
+        initialization=dict(read_json(record, "Restore the file.")) if record.is_file() else {},
     )
 
 
@@ -183,26 +186,6 @@ def _fold_files(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> l
         hint = f"Found {', '.join(others)}: choose with --checkpoint." if others else "Finish its training first."
         raise KAFError(f"{folder} has no fold with {checkpoint} (folds: {names or 'none'}). {hint}")
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        KAFError: it is missing, no JSON or no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise KAFError(
-            f"{path} does not exist, so {path.parent} is no model folder. Give the folder "
-            "TRAINER__PLANS__CONFIGURATION in nnUNet_results, with plans.json, dataset.json and fold_*."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise KAFError(f"{path} cannot be read as JSON ({error}). Restore the file.") from error
-    if not isinstance(content, dict):
-        raise KAFError(f"{path}: found a {type(content).__name__}, expected a JSON object. Restore the file.")
-    return content
 
 
 def _natural(name: str) -> tuple[int, str]:

@@ -24,7 +24,7 @@ def pretraining(model: Path, path: Path) -> Path:
     found = open_model(model)
     save_pretraining_checkpoint(
         path, found.build(found.folds[0]), plans=found.plans, configuration=found.configuration, num_input_channels=1,
-        dataset_name="Dataset900_Phantom", fold="0", pretraining={},
+        dataset_name="Dataset900_Phantom", fold=0, pretraining={},
     )  # fmt: skip
     return path
 

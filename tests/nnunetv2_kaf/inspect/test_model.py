@@ -46,7 +46,7 @@ def test_bad_folders_are_named(write_model: Write, tmp_path: Path) -> None:
     with pytest.raises(KAFError, match="does not exist"):
         open_model(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(KAFError, match=r"plans\.json does not exist"):
+    with pytest.raises(KAFError, match=r"holds no plans\.json"):
         open_model(tmp_path / "empty")
     folder = write_model(tmp_path / "m")
     checkpoint = folder / "fold_0" / "checkpoint_final.pth"
