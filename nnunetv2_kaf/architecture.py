@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.errors import KAFError, one_line
 from nnunetv2_kaf.schemas import ArchitectureEntry, check
 from nnunetv2_kaf.unet import KAFUNet
 
@@ -92,7 +92,7 @@ def build_network(
             raise KAFError(f"{where}: {error}") from error
         raise KAFError(
             f"{where}: architecture: no {network_class.__name__} can be built with these options "
-            f"({type(error).__name__}: {error or 'no details'}). Restore the file, or plan again."
+            f"({type(error).__name__}: {one_line(error) or 'no details'}). Restore the file, or plan again."
         ) from error
     return network
 

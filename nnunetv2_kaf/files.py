@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,7 +50,7 @@ def replacing(path: str | Path, remedy: str = CONTINUE) -> Iterator[Path]:
         KAFError: The file could not be written; a file that was at `path` before is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{shortened(path.name, 100)}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -83,6 +85,17 @@ def sweep(folder: Path, older_than: float = LEFTOVER_AGE) -> None:
                 leftover.unlink()
 
 
+def shortened(name: str, most: int = 160) -> str:
+    """A name of at most so many bytes and 17 more: the end of a longer one is replaced by its hash.
+
+    File systems take 255 bytes; what is added to the name of a case must still fit.
+    """
+    raw = name.encode()
+    if len(raw) <= most + 17:
+        return name
+    return f"{raw[:most].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file."""
     with Path(path).open("rb") as handle:
@@ -90,6 +103,57 @@ def file_sha256(path: str | Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def append_checksum(path: Path) -> None:
+    """Write the SHA-256 of a file at its end: for formats whose readers stop before it."""
+    digest = file_sha256(path)
+    with path.open("ab") as file:
+        file.write(digest.encode())
+
+
+def has_checksum(path: Path) -> bool:
+    """Whether a file is as it was when `append_checksum` closed it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, left = hashlib.sha256(), path.stat().st_size - 64
+    if left < 0:
+        return False
+    with path.open("rb") as file:
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+        return file.read() == digest.hexdigest().encode()
+
+
+def check_cache(paths: Iterable[Path], threads: int) -> None:
+    """Compare the files of a cache with the checksums at their ends.
+
+    Args:
+        paths: written with `append_checksum`.
+        threads: files at a time.
+
+    Raises:
+        KAFError: some are damaged or cannot be read; the command that deletes them is named.
+    """
+    listed = list(paths)
+
+    def problem(path: Path) -> str:
+        try:
+            return "" if has_checksum(path) else "its content has changed since it was written (checksum)"
+        except OSError as error:
+            return f"cannot be read ({error.strerror or error})"
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        damaged = {p: why for p, why in zip(listed, pool.map(problem, listed), strict=True) if why}
+    if damaged:
+        path, why = next(iter(damaged.items()))
+        raise KAFError(
+            f"{path}: {why}{f', and {len(damaged) - 1} more' if len(damaged) > 1 else ''}; expected a cached file as "
+            f"it was written. Delete it and run again, it is made anew: rm -f {shlex.join(map(str, damaged))}"
+        )
 
 
 def _free_space(folder: Path) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
 from torch import Tensor
 
 from nnunetv2_kaf.errors import KAFError
@@ -272,3 +272,69 @@ class PretrainingCheckpoint(Record):
     plans: PlansEntry
     pretraining: Measurements
     versions: dict[str, str]
+
+
+class RunIdentity(Record):
+    """What a pretraining run is about; a run is continued as the same one only."""
+
+    dataset: PathName
+    plans: PathName
+    configuration: PathName
+    fold: str
+    patch_size: list[int]
+    spacing: list[float]
+    batch_size: int
+    cases: list[str]
+    init: str | None
+
+
+class ParameterGroup(Record):
+    """Parameters of an optimiser, by number, and their options."""
+
+    params: list[int]
+
+
+class OptimizerState(Record):
+    """The state dict of an optimiser; `tensors.check_optimizer` compares it with the optimiser that takes it."""
+
+    state: dict[int, dict[str, Any]]
+    param_groups: list[ParameterGroup] = Field(min_length=1)
+
+
+def _history(value: object) -> object:
+    for record in value if isinstance(value, list) else [value]:
+        numbers = isinstance(record, Mapping) and all(
+            isinstance(k, str) and isinstance(v, (int, float)) and not isinstance(v, bool) for k, v in record.items()
+        )
+        if not numbers or not math.isfinite(record.get("epoch", math.nan)):  # type: ignore[union-attr]
+            raise ValueError("a list of records of numbers, each with its epoch")
+    return value
+
+
+class RunCheckpoint(Record):
+    """checkpoint_latest.pth of a pretraining: everything that is needed to go on."""
+
+    config: dict[str, Any]
+    identity: RunIdentity
+    step: int = Field(ge=0)
+    sums: Annotated[dict[str, float], BeforeValidator(partial(plain, finite=False))]
+    history: Annotated[list[dict[str, Any]], BeforeValidator(_history)]
+    network: Any
+    model: Any
+    optimizer: OptimizerState
+    scaler: PlainDict
+    rng_cpu: Tensor
+    rng_cuda: list[Tensor]
+
+
+class Split(Record):
+    """One fold: names of cases."""
+
+    train: list[Name]
+    val: list[Name]
+
+
+class Splits(RootModel[Annotated[list[Split], Field(min_length=1)]]):
+    """nnU-Net's splits_final.json."""
+
+    model_config = ConfigDict(strict=True)

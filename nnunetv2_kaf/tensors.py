@@ -47,8 +47,41 @@ def check_weights(weights: object, where: str, fix: str) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def diverged(weights: Mapping[str, Any]) -> list[str]:
-    """Names of the tensors with values that are NaN, infinite or beyond `LARGEST_WEIGHT`; others than tensors pass."""
+def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, where: str, fix: str) -> None:
+    """Check that the saved state of an optimiser belongs to the same parameters.
+
+    Args:
+        saved: its state dict, in the form of `schemas.OptimizerState`.
+        optimizer: which is to take it.
+        where: file and place, for the message.
+        fix: what to do, a sentence.
+
+    Raises:
+        KAFError: the groups, the number or the shapes of the parameters differ, or a value is not finite.
+    """
+    ours, theirs = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
+    if sizes[0] != sizes[1] or any(set(a) != set(b) for a, b in zip(theirs, ours, strict=True)):
+        raise KAFError(
+            f"{where}: found an optimiser of {sizes[0]} parameters with the options {sorted(map(str, theirs[0]))}, "
+            f"expected one of {sizes[1]} with {sorted(ours[0])}. {fix}"
+        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in theirs for i in group["params"]]
+    if numbers != [i for group in ours for i in group["params"]] or not saved["state"].keys() <= set(numbers):
+        raise KAFError(f"{where}: found moments of unknown parameters, expected those of {sizes[1]}. {fix}")
+    for index, state in saved["state"].items():
+        for name, value in state.items():
+            shape = tuple(parameters[index].shape)
+            fits = isinstance(value, Tensor) and not _wrong_kind(name, value) and tuple(value.shape) in (shape, ())
+            if value is not None and not (fits or (type(value) in (int, float) and name == "step")):
+                raise KAFError(f"{where}: state.{index}.{name}: found {brief(value)}, expected shape {shape}. {fix}")
+        if bad := diverged({k: v for k, v in state.items() if k != "step"}, float("inf")):
+            raise KAFError(f"{where}: state.{index}.{bad[0]}: found NaN or infinite values, expected finite. {fix}")
+
+
+def diverged(weights: Mapping[str, Any], most: float = LARGEST_WEIGHT) -> list[str]:
+    """Names of the tensors with values that are NaN, infinite or beyond ``most``; others than tensors pass."""
     known: dict[tuple[int, torch.Size], bool] = {}
     names = []
     for name, tensor in weights.items():
@@ -57,8 +90,8 @@ def diverged(weights: Mapping[str, Any]) -> list[str]:
         key = (tensor.data_ptr(), tensor.shape)  # a parameter with several names is looked at once
         if key not in known:
             largest = tensor.detach().abs().amax().float()  # NaN stays NaN
-            most = float("inf") if name.endswith(_STATISTICS) else LARGEST_WEIGHT
-            known[key] = not bool(torch.isfinite(largest)) or float(largest) > most
+            limit = float("inf") if name.endswith(_STATISTICS) else most
+            known[key] = not bool(torch.isfinite(largest)) or float(largest) > limit
         if known[key]:
             names.append(name)
     return names

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
-from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.errors import KAFError, one_line
 from nnunetv2_kaf.files import replacing, sweep, versions
+from nnunetv2_kaf.safe_load import load_safely
+from nnunetv2_kaf.schemas import RunCheckpoint, brief, check
+from nnunetv2_kaf.tensors import check_optimizer, check_weights
 from nnunetv2_kaf.weights import save_pretraining_checkpoint
 from pretraining.config import PretrainConfig
 from pretraining.loop import TrainingState
@@ -24,6 +27,7 @@ LATEST = "checkpoint_latest.pth"
 FINAL = "checkpoint_final.pth"
 FORMAT = "nnunetv2_kaf.pretraining_run"
 FORMAT_VERSION = 2
+_FRESH = "Move the file away to start a new run, or leave out --continue."
 
 
 def run_identity(
@@ -94,16 +98,41 @@ def load_latest(
     Raises:
         KAFError: if the file is unreadable, or belongs to a run with other options or data (the differences are named).
     """
-    fresh = "Move the file away to start a new run, or leave out --continue."
+    checkpoint = load_safely(path, what="checkpoint of an unfinished run", fix=_FRESH)
+    _check(checkpoint, path, config, identity)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch raise many types for a truncated file
-        raise KAFError(f"{path} cannot be read ({type(error).__name__}); it may be truncated. {fresh}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise KAFError(f"{path} is not a checkpoint of an unfinished kaf-pretrain run. {fresh}")
+        state.network.load_state_dict(checkpoint["network"])
+        state.model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise KAFError(
+            f"{path} was made for another network (were the plans changed?): {one_line(error)} {_FRESH}"
+        ) from error
+    _restore_optimizer(state.optimizer, checkpoint["optimizer"], path)
+    _restore_generators(checkpoint, path)
+    try:
+        state.scaler.load_state_dict(checkpoint["scaler"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise KAFError(
+            f"{path}: scaler: found {checkpoint['scaler']}, which does not fit ({error}). {_FRESH}"
+        ) from error
+    state.step = checkpoint["step"]
+    state.sums = checkpoint["sums"]
+    state.history = checkpoint["history"]
+    saved: dict[str, Any] = checkpoint["identity"]
+    return saved
+
+
+def _check(checkpoint: Mapping[str, Any], path: Path, config: PretrainConfig, identity: Mapping[str, Any]) -> None:
+    """Check everything in a checkpoint that needs no network."""
+    if checkpoint.get("format") != FORMAT:
+        raise KAFError(f"{path} is not a checkpoint of an unfinished kaf-pretrain run. {_FRESH}")
     if checkpoint.get("format_version") != FORMAT_VERSION:
-        raise KAFError(f"{path} was written by another version of kaf-pretrain. {fresh}")
-    differences = PretrainConfig.from_dict(checkpoint["config"]).differences(config)
+        raise KAFError(f"{path} was written by another version of kaf-pretrain. {_FRESH}")
+    check(RunCheckpoint, checkpoint, str(path), _FRESH)
+    try:
+        differences = PretrainConfig.from_dict(checkpoint["config"]).differences(config)
+    except KAFError as error:
+        raise KAFError(f"{path}: config: {error} {_FRESH}") from error
     differences += [
         f"{key}: {_brief(checkpoint['identity'].get(key))} != {_brief(value)}"
         for key, value in identity.items()
@@ -114,21 +143,39 @@ def load_latest(
             f"{path} belongs to a run with other options (saved != now): {'; '.join(differences)}. Continue with the "
             "saved options, or leave out --continue to start a new run (the old files are kept)."
         )
+    total = config.epochs * config.iterations
+    if checkpoint["step"] > total or len(checkpoint["history"]) > config.epochs + 1:
+        raise KAFError(
+            f"{path}: found step {checkpoint['step']} and {len(checkpoint['history'])} records, expected at most "
+            f"{total} steps and {config.epochs + 1} records. {_FRESH}"
+        )
+    for part in ("network", "model"):
+        check_weights(checkpoint[part], f"{path}: {part}", _FRESH)
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], path: Path) -> None:
+    """Take the moments; the options are those of this run, which are the saved ones."""
+    check_optimizer(saved, optimizer, f"{path}: optimizer", _FRESH)
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
-        state.network.load_state_dict(checkpoint["network"])
-        state.model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise KAFError(f"{path} was made for another network (were the plans changed?): {error} {fresh}") from error
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
-    state.scaler.load_state_dict(checkpoint["scaler"])
-    state.step = checkpoint["step"]
-    state.sums = checkpoint["sums"]
-    state.history = checkpoint["history"]
-    torch.set_rng_state(checkpoint["rng_cpu"])
-    if len(checkpoint["rng_cuda"]) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(checkpoint["rng_cuda"])
-    saved: dict[str, Any] = checkpoint["identity"]
-    return saved
+        optimizer.load_state_dict(dict(saved))
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise KAFError(f"{path}: optimizer: it does not fit ({error}). {_FRESH}") from error
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+
+
+def _restore_generators(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Set the random generators."""
+    try:
+        torch.set_rng_state(checkpoint["rng_cpu"])
+        if len(checkpoint["rng_cuda"]) == torch.cuda.device_count() > 0:
+            torch.cuda.set_rng_state_all(checkpoint["rng_cuda"])
+    except (RuntimeError, TypeError) as error:
+        raise KAFError(
+            f"{path}: rng_cpu, rng_cuda: found {brief(checkpoint['rng_cpu'])}, expected the state of a random "
+            f"generator ({error}). {_FRESH}"
+        ) from error
 
 
 def export(path: Path, state: TrainingState, task: Task, fold: int | str, pretraining: Mapping[str, Any]) -> None:

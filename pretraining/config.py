@@ -47,6 +47,8 @@ def _option(
     return field(default=default, metadata=metadata)
 
 
+LARGEST_INT = 2**32 - 1
+"""Upper bound of whole numbers that have no other: the largest seed that all generators take."""
 COMPONENTS = ("bottleneck", "keypoints", "local", "transport")
 """Names of the losses; each has an option ``weight_<name>``."""
 
@@ -74,8 +76,11 @@ class PretrainConfig:
         "pairs (of two views) that are contrasted with each other, over all processes; default: the plan's batch size "
         "per process, at least 2, at most 32",
         low=1,
+        high=65536,
     )
-    accumulate: int = _option(1, int, "batches per optimiser step; each batch is contrasted within itself", low=1)
+    accumulate: int = _option(
+        1, int, "batches per optimiser step; each batch is contrasted within itself", low=1, high=65536
+    )
     seed: int = _option(0, int, "seed of the initial weights, the pairs and the augmentation", low=0)
     save_every: int = _option(1, int, "epochs between two saves of checkpoint_latest.pth", low=1, changeable=True)
     save_minutes: float = _option(
@@ -114,9 +119,11 @@ class PretrainConfig:
     )
     transport_matched: float = _option(0.45, float, "transport: weight of the matched keypoints", low=0)
     transport_unmatched: float = _option(1.0, float, "transport: weight of the unmatched keypoints", low=0)
-    transport_layers: int = _option(2, int, "transport: layers of self and cross attention between two views", low=0)
-    sinkhorn_iterations: int = _option(50, int, "transport: Sinkhorn iterations (the paper: 100)", low=1)
-    projection_dim: int = _option(128, int, "size of the global embeddings", low=2)
+    transport_layers: int = _option(
+        2, int, "transport: layers of self and cross attention between two views", low=0, high=256
+    )
+    sinkhorn_iterations: int = _option(50, int, "transport: Sinkhorn iterations (the paper: 100)", low=1, high=100000)
+    projection_dim: int = _option(128, int, "size of the global embeddings", low=2, high=65536)
     descriptor_dim: int = _option(256, int, "size of the keypoint descriptors", low=2)
 
     slice_distance: float = _option(
@@ -242,6 +249,7 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if metadata["pattern"] and isinstance(value, str):
         _check_pattern(name, value)
     choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
+    high = LARGEST_INT if high is None and kind is int else high
     if choices is not None and value not in choices:
         raise KAFError(f"{flag(name)} is {value!r}; expected one of {', '.join(choices)}.")
     if isinstance(value, float) and not math.isfinite(value):

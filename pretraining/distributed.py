@@ -16,11 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from nnunetv2_kaf.errors import KAFError
 
 # The first rank may preprocess a whole data set while the others wait for it.
 _TIMEOUT = timedelta(hours=24)
+# Nodes may start one after the other.
+_PATIENCE = timedelta(minutes=30)
 
 
 def is_distributed() -> bool:
@@ -114,12 +117,16 @@ def process_group(device: torch.device | str) -> Iterator[torch.device]:
     if _number("WORLD_SIZE", "1") < 2:
         yield device
         return
-    _number("RANK")
+    if _number("RANK") >= _number("WORLD_SIZE"):
+        raise KAFError(
+            f"The environment variable RANK is {os.environ['RANK']}; expected a number below WORLD_SIZE, which is "
+            f"{os.environ['WORLD_SIZE']}. Start several processes with torchrun, or unset WORLD_SIZE."
+        )
     if device.type == "cuda":
         device = _local_gpu(_number("LOCAL_RANK"))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    _meet(backend)
     finished = False
     try:
         yield device
@@ -128,6 +135,23 @@ def process_group(device: torch.device | str) -> Iterator[torch.device]:
         # After an error nccl could wait for ranks that are still at work; torchrun ends them and this process.
         if finished or backend == "gloo":
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Join the process group.
+
+    Raises:
+        KAFError: the other processes cannot be found: a WORLD_SIZE is left over, or they were not started.
+    """
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+        store.set_timeout(_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise KAFError(
+            f"The environment variable WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes were not "
+            f"found ({error}). Start several processes with torchrun, or unset WORLD_SIZE."
+        ) from error
 
 
 def _number(name: str, default: str | None = None) -> int:

@@ -129,9 +129,14 @@ def cache_keypoints(
 
     Returns:
         The usable cases; ``bad`` knows the others.
+
+    Raises:
+        KAFError: a cached file is damaged, or cannot be written.
     """
     sweep(cache.folder)
-    missing = [case for case in cases if not cache.path(case, images.path(case)).is_file()]
+    files = {case: cache.path(case, images.path(case)) for case in cases}
+    missing = [case for case, file in files.items() if not file.is_file()]
+    cache.verify((files[case] for case in cases if case not in set(missing)), num_workers)
     if missing:
         logger.info(
             "Detecting the keypoints of %d of %d cases; they are kept in %s.", len(missing), len(cases), cache.folder

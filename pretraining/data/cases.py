@@ -11,6 +11,8 @@ import numpy as np
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
+from nnunetv2_kaf.safe_load import read_json
+from nnunetv2_kaf.schemas import Splits, check
 from pretraining.data.bad_images import BadImages
 from pretraining.data.images import PreprocessedImages
 from pretraining.data.patients import patient_of, split_by_patients
@@ -120,29 +122,38 @@ def _split(identifiers: list[str], path: Path, fold: int) -> tuple[list[str], li
     """Return training and validation cases of a fold of the first dataset, as nnU-Net would.
 
     The split is ``splits_final.json`` if it exists, otherwise the one that nnU-Net would create, which is saved as
-    nnU-Net would so that both agree. A fold beyond the file's folds gets nnU-Net's seeded 80:20 split.
+    nnU-Net would so that both agree.
 
     Raises:
-        KAFError: if the split file is not usable.
+        KAFError: if the split file is not usable, has no such fold, or validates on cases that do not exist.
     """
     splits = _read_splits(path) if path.is_file() else _create_splits(identifiers, path)
-    if fold < len(splits):
-        return list(splits[fold].get("train", ())), list(splits[fold]["val"])
-    generator = np.random.RandomState(seed=12345 + fold)  # nnU-Net's own draw
-    chosen = {int(i) for i in generator.choice(len(identifiers), int(len(identifiers) * 0.8), replace=False)}
-    train = [case for i, case in enumerate(identifiers) if i in chosen]
-    return train, [case for i, case in enumerate(identifiers) if i not in chosen]
+    if fold >= len(splits):
+        raise KAFError(
+            f"--fold is {fold}, but {path} has {len(splits)} fold(s); expected one from 0 to {len(splits) - 1}, or "
+            "'all'. (nnU-Net would draw a random split for it.)"
+        )
+    train, validation = splits[fold]["train"], splits[fold]["val"]
+    unknown = sorted(set(validation) - set(identifiers))
+    if unknown:
+        raise KAFError(
+            f"{path}: fold {fold} validates on {len(unknown)} case(s) that are not among the {len(identifiers)} "
+            f"preprocessed ones: {', '.join(unknown[:5])}. Correct the names, or preprocess these cases: a case that "
+            "is not recognised could not be left out."
+        )
+    return train, validation
 
 
 def _read_splits(path: Path) -> list[dict[str, list[str]]]:
-    """Read an existing split file."""
-    try:
-        splits: list[dict[str, list[str]]] = json.loads(path.read_text())
-        if all("val" in split for split in splits) and splits:
-            return splits
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError):
-        pass
-    raise KAFError(f"{path} is not a split file of nnU-Net (a list of train/val dicts). Correct or delete it.")
+    """Read an existing split file.
+
+    Raises:
+        KAFError: it is none of nnU-Net's.
+    """
+    fix = 'Correct or delete it; expected a list of {"train": [cases], "val": [cases]}.'
+    splits: list[dict[str, list[str]]] = read_json(path, fix)
+    check(Splits, splits, str(path), fix)
+    return splits
 
 
 def _create_splits(identifiers: list[str], path: Path) -> list[dict[str, list[str]]]:

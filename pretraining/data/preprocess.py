@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import blosc2
 import numpy as np
 from tqdm import tqdm
 
-from nnunetv2_kaf.files import replacing, sweep
+from nnunetv2_kaf.files import append_checksum, check_cache, replacing, shortened, sweep
+from nnunetv2_kaf.plans import read_description
 from pretraining.data.bad_images import BadImages
 from pretraining.data.raw import RawSource
 from pretraining.data.raw_checks import describe, inspect_case
@@ -23,7 +25,7 @@ from pretraining.task import Task
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Counted up when cached images have to be made again."""
 UNUSUAL_SPACING = 2.0
 """A spacing that differs from the plans' by more than this factor is mentioned in the log."""
@@ -53,7 +55,7 @@ class Preprocessor:
         self.task = task
         self._plans = PlansManager(dict(task.plans))
         self._configuration = self._plans.get_configuration(task.configuration)
-        self._dataset_json = json.loads((task.dataset_folder / "dataset.json").read_text())
+        self._dataset_json = read_description(task.dataset_folder / "dataset.json")
         self._class = self._configuration.preprocessor_class
         self._reader = self._plans.image_reader_writer_class
         options = self._configuration.configuration
@@ -71,15 +73,14 @@ class Preprocessor:
         """
         files = source.cases[case]
         spacing_file = source.folder / f"{case}.json"  # nnU-Net's reader of .tif takes the spacing from it
-        stamps = [
-            [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-            for path in (*files, spacing_file)
-            if path.is_file()
-        ]
+        stamps = []
+        for path in (*files, spacing_file):
+            with suppress(FileNotFoundError):  # few have a spacing file; an image that is missing fails when read
+                stamps.append([path.name, path.stat().st_size, path.stat().st_mtime_ns])
         content = json.dumps([self._fingerprint, stamps], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         folder = cache_folder(self.task) / source.key
-        return folder / f"{case}-{digest}.b2nd"
+        return folder / f"{shortened(case)}-{digest}.b2nd"
 
     def inspect(self, files: tuple[Path, ...], bad: BadImages) -> tuple[float, ...] | None:
         """Read every channel of a case and collect what is wrong.
@@ -137,7 +138,7 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
         File by identifier (``<key>/<case>``), in the order of the source's cases.
 
     Raises:
-        KAFError: a result cannot be written.
+        KAFError: a result cannot be written, or a cached one is damaged.
     """
     preprocessor = Preprocessor(task)
     folder = cache_folder(task) / source.key
@@ -145,6 +146,7 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
     sweep(folder)
     targets = {case: preprocessor.target(source, case) for case in source.cases}
     todo = [case for case, target in targets.items() if not target.is_file()]
+    check_cache((target for case, target in targets.items() if case not in set(todo)), num_workers)
     spacings: dict[str, tuple[float, ...]] = {}
 
     def work(case: str) -> None:
@@ -162,7 +164,7 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
             task.dataset_name,
         )
     _in_threads(work, todo, num_workers, source.key)
-    _remove_outdated(folder, {case: targets[case] for case in spacings})
+    _remove_outdated(folder, {shortened(case): targets[case] for case in spacings})
     _mention_spacings(task, source, spacings)
     return {f"{source.key}/{case}": target for case, target in targets.items() if case not in todo or case in spacings}
 
@@ -204,6 +206,7 @@ def _save(target: Path, data: np.ndarray, patch_size: tuple[int, ...]) -> None:
         blosc2.asarray(data, urlpath=str(temporary), mode="w", chunks=chunks, blocks=blocks, cparams=compression)
         if not np.array_equal(blosc2.open(urlpath=str(temporary), mode="r", dparams={"nthreads": 1})[:], data):
             raise OSError("the file differs from what was written")
+        append_checksum(temporary)
 
 
 def _remove_outdated(folder: Path, current: Mapping[str, Path]) -> None:

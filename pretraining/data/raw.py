@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.safe_load import read_json
 from pretraining.data.bad_images import BadImages
 from pretraining.task import Task
 
@@ -170,12 +170,9 @@ def _file_ending(dataset_json: Path) -> str:
     Raises:
         KAFError: dataset.json is missing or damaged.
     """
-    try:
-        ending = json.loads(dataset_json.read_text())["file_ending"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KAFError(
-            f"{dataset_json}: found no file_ending ({type(error).__name__}: {error}); expected nnU-Net's dataset.json."
-        ) from error
+    fix = "Restore nnU-Net's dataset.json."
+    content = read_json(dataset_json, fix)
+    ending = content.get("file_ending") if isinstance(content, dict) else None
     if not isinstance(ending, str) or not ending.startswith("."):
-        raise KAFError(f"{dataset_json}: file_ending is {ending!r}; expected an ending such as .nii.gz.")
+        raise KAFError(f"{dataset_json}: file_ending is {ending!r}; expected an ending such as .nii.gz. {fix}")
     return ending

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nnunetv2_kaf.errors import KAFError
@@ -39,9 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
     parsed = build_parser().parse_args(arguments)
-    _log_to_stderr()
     try:
-        sys.stdout.write(_run(parsed) + "\n")
+        with _log_to_stderr():
+            message = _run(parsed)
+        sys.stdout.write(message + "\n")
     except KAFError as error:
         sys.stderr.write(f"{PROGRAM}: error: {error}\n")
         return 2
@@ -65,13 +67,17 @@ def _run(parsed: argparse.Namespace) -> str:
     )
 
 
-def _log_to_stderr() -> None:
-    """Send the log of this package to stderr, once per process."""
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-        logger.addHandler(handler)
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Send the log of this package to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 if __name__ == "__main__":

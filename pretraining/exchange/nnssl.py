@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_kaf.architecture import NETWORK_CLASS, build_network
-from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.errors import KAFError, one_line
 from nnunetv2_kaf.files import file_sha256, replacing
 from nnunetv2_kaf.plans import resolve_configuration
 from nnunetv2_kaf.weights import read_checkpoint
@@ -144,8 +144,8 @@ def _build(architecture: Mapping[str, Any], weights: Mapping[str, Tensor], chann
         network.load_state_dict(dict(weights))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise KAFError(
-            f"{path}: its weights do not fit the network that it describes ({error}). Pretrain again, or export with "
-            "the nnunetv2-kaf version that wrote it."
+            f"{path}: its weights do not fit the network that it describes ({one_line(error)}). Pretrain again, or "
+            "export with the nnunetv2-kaf version that wrote it."
         ) from error
     return network
 

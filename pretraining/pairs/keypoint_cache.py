@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -23,11 +24,11 @@ from torch import Tensor
 
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.files import replacing
+from nnunetv2_kaf.files import append_checksum, check_cache, replacing, shortened
 from nnunetv2_kaf.keypoints import KeypointDetector
 from pretraining.pairs.descriptors import patch_descriptors
 
-VERSION = 1
+VERSION = 2
 OVERSAMPLING = 1.5
 """Points kept per patch volume in multiples of K: a view that is zoomed out shows more of the image than a patch."""
 DESCRIPTOR_SHAPE = {2: (4, 1.0), 3: (2, 2.0)}
@@ -64,6 +65,7 @@ class KeypointCache:
         self.spacing = tuple(float(s) for s in spacing)
         self.folder = folder / self._options_hash()
         self._open: OrderedDict[Path, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._verified: set[Path] = set()
         self._lock = threading.Lock()
 
     def _options_hash(self) -> str:
@@ -80,10 +82,20 @@ class KeypointCache:
         return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:12]
 
     def path(self, case: str, image: Path) -> Path:
-        """Return the file of a case; the name changes when the image file does."""
-        status = image.stat()
+        """Return the file of a case; the name changes when the image file does.
+
+        Raises:
+            KAFError: if the image file is not there any more.
+        """
+        try:
+            status = image.stat()
+        except OSError as error:
+            raise KAFError(
+                f"{image} cannot be read any more ({error.strerror}). Restore it, or preprocess again."
+            ) from error
         stamp = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
-        return self.folder / f"{case}.{stamp}.npy"
+        source, slash, name = case.rpartition("/")
+        return self.folder / f"{source}{slash}{shortened(name)}.{stamp}.npy"
 
     def create(self, case: str, image_path: Path, image: np.ndarray, device: torch.device) -> None:
         """Detect and store the points of a case.
@@ -108,8 +120,10 @@ class KeypointCache:
             record["slice"], record["coords"] = index, coords.cpu().numpy()
             record["descriptor"] = self._describe(single.unsqueeze(0), coords).cpu().numpy()
             records.append(record)
-        with replacing(self.path(case, image_path)) as temporary, temporary.open("wb") as file:
-            np.save(file, np.concatenate(records))
+        with replacing(self.path(case, image_path)) as temporary:
+            with temporary.open("wb") as file:
+                np.save(file, np.concatenate(records))
+            append_checksum(temporary)
 
     def read(self, case: str, image_path: Path, slice_index: int | None) -> SourceKeypoints:
         """Read the points of a slice (2D) or of the volume (``None``, 3D).
@@ -123,23 +137,42 @@ class KeypointCache:
         return SourceKeypoints(part["coords"], part["descriptor"])
 
     def _rows(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mapped file and the slice of every row."""
+        """Return the mapped file and the slice of every row.
+
+        Raises:
+            KAFError: if the file is missing, damaged, or of another kind.
+        """
         with self._lock:
             if path in self._open:
                 self._open.move_to_end(path)
                 return self._open[path]
+        self.verify([path])
+        fix = f"Delete it and run again, it is made anew: rm {shlex.quote(str(path))}"
         try:
             rows = np.load(path, mmap_mode="r")
-            slices = np.array(rows["slice"])
-        except (OSError, ValueError, EOFError) as error:
-            raise KAFError(
-                f"{path} cannot be read ({error}). Delete it and run again: it will be made anew."
-            ) from error
+        except (OSError, ValueError, EOFError, TypeError) as error:
+            raise KAFError(f"{path} cannot be read as cached keypoints ({error}). {fix}") from error
+        expected, names = self._record_type(1), ("slice", "coords", "descriptor")
+        kinds = getattr(rows, "dtype", None)
+        fields = kinds.fields if isinstance(kinds, np.dtype) and rows.ndim == 1 else None
+        if not fields or set(fields) != set(names) or any(fields[n][0].base != expected[n].base for n in names):
+            raise KAFError(f"{path}: found {kinds}, expected one record per keypoint, {expected}. {fix}")
+        slices = np.array(rows["slice"])
         with self._lock:
             self._open[path] = (rows, slices)
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         return rows, slices
+
+    def verify(self, paths: Iterable[Path], threads: int = 1) -> None:
+        """Compare files with the checksums at their ends, once.
+
+        Raises:
+            KAFError: some are damaged, or cannot be read.
+        """
+        new = [path for path in paths if path not in self._verified]
+        check_cache(new, threads)
+        self._verified.update(new)
 
     def remove_outdated(self, current: Iterable[Path]) -> None:
         """Remove the points of earlier versions of images.

@@ -151,8 +151,11 @@ def test_existing_split_and_folds_beyond_it(tiny: Any) -> None:
     write_split(tiny, ["case_000"], ["case_003", "case_004"])
     # cases that the fold does not name at all are unlabelled extra cases: they may be used
     assert training_cases(keys, tiny.folder, 0, PATTERN) == ["case_000", "case_001", "case_002", "case_005"]
-    chosen = np.random.RandomState(seed=12345 + 3).choice(6, 4, replace=False)
-    assert training_cases(keys, tiny.folder, 3, PATTERN) == sorted(keys[i] for i in chosen)
+    with pytest.raises(KAFError, match=r"--fold is 3, but .*splits_final\.json has 1 fold.*0 to 0, or 'all'"):
+        training_cases(keys, tiny.folder, 3, PATTERN)
+    write_split(tiny, ["case_000"], ["case_003", "case_04"])
+    with pytest.raises(KAFError, match=r"splits_final\.json: fold 0 validates on 1 case.*not among the 6.*case_04"):
+        training_cases(keys, tiny.folder, 0, PATTERN)
 
 
 def test_fold_all_says_that_it_uses_everything(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -166,9 +169,13 @@ def test_bad_splits(tiny: Any) -> None:
     cases = ["a", "b", "c"]
     with pytest.raises(KAFError, match="--fold all"):
         training_cases(cases, tiny.folder, 0, PATTERN)
-    for content in ("[{", "[]", "{}", '[{"train": []}]', "[3]"):
+    for content in (
+        "[{", "[]", "{}", '[{"train": []}]', "[3]", "3", "null", '"text"', '[{"train": ["a"], "val": "a"}]',
+        '[{"train": ["a"], "val": [3]}]', '[{"train": {"a": 1}, "val": ["b"]}]', '[{"val": ["a"]}]', "[" * 10**5,
+        '[{"train": [""], "val": ["a"]}]', "[[]]", "1" * 10**5,
+    ):  # fmt: skip
         (tiny.folder / "splits_final.json").write_text(content)
-        with pytest.raises(KAFError, match=r"splits_final\.json is not a split file"):
+        with pytest.raises(KAFError, match=r"splits_final\.json.*Correct or delete it"):
             training_cases(cases, tiny.folder, 0, PATTERN)
     write_split(tiny, [], cases)
     with pytest.raises(KAFError, match="leaves no case"):

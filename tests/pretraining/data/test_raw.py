@@ -104,7 +104,7 @@ def test_missing_and_empty_places(task: Task, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KAFError, match="--dataset 7 is ambiguous"):
         find_sources(task, ["7"], [], BadImages())
     (tmp_path / "raw" / "Dataset007_A" / "dataset.json").write_text("{")
-    with pytest.raises(KAFError, match="found no file_ending"):
+    with pytest.raises(KAFError, match=r"dataset\.json is not valid JSON"):
         find_sources(task, ["Dataset007_A"], [], BadImages())
     monkeypatch.delenv("nnUNet_raw")
     with pytest.raises(KAFError, match="nnUNet_raw is not set"):
