@@ -10,7 +10,7 @@ PYTEST ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean-demo
+.PHONY: help demo test lint docs clean-demo
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ lint: $(VENV)/.installed-test ## Lint and type check
 	$(BIN)/mypy examples
 	$(BIN)/mypy benchmarks
 
+docs: $(VENV)/.installed-docs ## Build the documentation into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean-demo: ## Delete everything that the demo made
 	rm -rf -- "$(OUTPUT)"
 
@@ -46,3 +49,7 @@ $(VENV)/.installed: pyproject.toml $(wildcard startup/*.*) | $(BIN)/python
 $(VENV)/.installed-test: pyproject.toml $(wildcard startup/*.*) | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml $(wildcard startup/*.*) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]'
+	@touch $@

@@ -15,9 +15,10 @@ from pretraining.exchange import export_cli
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "pretraining.md"
+OPTIONS = ROOT / "docs" / "pretraining-options.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {"kaf-pretrain": cli.build_parser, "kaf-export": export_cli.build_parser}
 
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
@@ -75,31 +76,38 @@ def test_flags_exist(path: Path) -> None:
     assert set(FLAG.findall(path.read_text())) <= known_flags()
 
 
-@pytest.mark.parametrize("path", [README, GUIDE], ids=lambda path: path.name)
+def test_pages_with_commands_have_some() -> None:
+    counts = {path.name: len(commands(path)) for path in DOCUMENTS}
+    assert counts["README.md"] >= 2
+    assert counts["pretraining.md"] >= 6
+    assert counts["interoperability.md"] >= 3
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_are_accepted(path: Path) -> None:
-    found = commands(path)
-    assert len(found) >= 2
-    for program, arguments in found:
+    for program, arguments in commands(path):
         parsed = PROGRAMS[program]().parse_args(arguments)
         if program == "kaf-pretrain":
             cli._config(parsed)
 
 
 def test_commands_under_launchers_are_among_those_tested() -> None:
-    batch_sizes = [a[a.index("--batch-size") + 1] for _, a in commands(GUIDE) if "--batch-size" in a]
+    found = [arguments for path in (GUIDE, OPTIONS) for _, arguments in commands(path)]
+    batch_sizes = [arguments[arguments.index("--batch-size") + 1] for arguments in found if "--batch-size" in arguments]
     assert batch_sizes.count("64") == 2  # torchrun on two nodes, srun
     assert batch_sizes.count("32") == 2  # torchrun on one node, the paper's settings
 
 
 def test_defaults_in_parentheses_are_those_of_the_program() -> None:
     defaults = {flag(item.name): item.default for item in fields(PretrainConfig)}
-    stated = re.findall(r"`(--[a-z-]+)`\s+\((\d[\d.]*)\)", GUIDE.read_text())
+    text = GUIDE.read_text() + OPTIONS.read_text()
+    stated = re.findall(r"`(--[a-z-]+)`\s+\((\d[\d.]*)\)", text)
     assert len(stated) > 8
     assert {name: float(value) for name, value in stated} == {name: float(defaults[name]) for name, _ in stated}
 
 
 def test_every_loss_preset_and_weight_is_explained() -> None:
-    text = GUIDE.read_text()
+    text = OPTIONS.read_text()
     for name in COMPONENTS:
         assert f"| `{name}` | `{flag('weight_' + name)}` | {getattr(PretrainConfig(), 'weight_' + name):g} |" in text
     assert all(f"`{preset}`" in text for preset in PRESETS)
@@ -120,7 +128,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 TABLES = {
     "pretrain_throughput": GUIDE,
-    "pretrain_learning": GUIDE,
+    "pretrain_learning": OPTIONS,
     "step_time": PERFORMANCE,
     "predict_time": PERFORMANCE,
     "scaling": PERFORMANCE,
@@ -138,3 +146,18 @@ def test_table_is_the_one_of_the_committed_results(name: str) -> None:
     table = importlib.import_module(name).table(json.loads(results.read_text()))
     below = text.partition(marker)[2].lstrip("\n")
     assert below.startswith(table.strip() + "\n\n")
+
+
+def test_the_readme_is_short_and_in_order() -> None:
+    text = README.read_text()
+    assert len(text.split()) <= 900
+    parts = ["# nnunetv2-kaf", "img.shields.io", "docs/assets/kaf.png", "<!-- results -->", "## Install", "make demo",
+             "## Quick start", "## When not to use it", "## Documentation", "## Citation"]  # fmt: skip
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_the_site_has_every_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+    assert [page for page in pages if not re.search(rf": {re.escape(page)}$", navigation, re.MULTILINE)] == []

@@ -6,7 +6,8 @@
 
 from the repository root, with the package and MONAI installed (`pip install -e . monai`). The first command trains
 every arm with every number of labelled patients and every draw, and measures on the validation patients. The second
-one measures on the test patients, once, after all trainings. The third one writes `docs/evidence.md` from the results.
+one measures on the test patients, once, after all trainings. The third one writes `docs/evidence.md` and the table of
+`README.md` from the results.
 
 The same command continues after an interruption: what is finished is not repeated, a training goes on from its last
 checkpoint. A run that fails is reported at the end with its log, the others go on, and the exit code is 1. `--dry-run`
@@ -102,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--jobs", type=int, default=1, help="trainings at once")
     out.add_argument("--threads", type=int, help="of torch, per job (default: cores divided by jobs)")
     out.add_argument("--dry-run", action="store_true", help="show what there is to do, and do nothing")
-    out.add_argument("--report", action="store_true", help="only write docs/evidence.md from all results")
+    out.add_argument("--report", action="store_true", help="only write docs/evidence.md and the table of README.md")
     out.add_argument("--evidence", type=Path, default=evidence.EVIDENCE, help="file that --report writes")
     return out
 
@@ -110,6 +111,8 @@ def parser() -> argparse.ArgumentParser:
 def _main(args: argparse.Namespace) -> int:
     if args.report:
         evidence.write_evidence(args.out, args.evidence)
+        if args.evidence == evidence.EVIDENCE:
+            evidence.write_readme(args.out, evidence.README)
         sys.stdout.write(f"{args.evidence}\n")
         return 0
     if args.config is None:

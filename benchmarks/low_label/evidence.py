@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_kaf.errors import KAFError
+
 from . import figures, report, targets
 from .config import ALL, Study
 from .layout import read_json
 from .targets import PLAIN
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
+README = EVIDENCE.parents[1] / "README.md"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+SHOWN = ("plain", "kaf_scratch", "kaf_all")
+"""Arms of the table in the README."""
 HEADER = """# Segmentation with few labelled patients
 
 Written by `python -m benchmarks.low_label --report` from the files in `benchmarks/results/low_label`, which hold every
@@ -96,6 +102,32 @@ def write_evidence(out: Path, target: Path) -> None:
         write_task(folder, study.arms, study.baseline)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(out, target))
+
+
+def write_readme(out: Path, target: Path) -> None:
+    """Replace the table between the two marks of the README.
+
+    Raises:
+        KAFError: there is not one mark of each kind.
+    """
+    text = target.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise KAFError(f"{target}: expected one line {BEGIN} and one line {END}, between which the table is written.")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    target.write_text(f"{before}{BEGIN}\n\n{results_table(out)}\n\n{END}{after}", encoding="utf-8")
+
+
+def results_table(out: Path) -> str:
+    """Markdown table of the test patients of all studies that compare with plain nnU-Net."""
+    tasks = {}
+    for folder in _folders(out):
+        study = told(folder.parent.name)
+        results = report.load(folder, "test", study.arms, study.baseline)
+        if results is not None and results.baseline == PLAIN:
+            task = results.runs[0]["setting"]["task"]
+            tasks[f"{task['data'].partition('_')[2]} `{task['configuration']}`"] = results.cells()
+    return report.summary(tasks, SHOWN)
 
 
 def page(out: Path, target: Path) -> str:

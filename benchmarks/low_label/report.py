@@ -157,21 +157,26 @@ def trials(results: Results, notes: Mapping[str, str]) -> str:
     return markdown([*header, "conclusion"], rows)
 
 
-def summary(cells: Sequence[Cell], arms: Sequence[str]) -> str:
-    """Markdown table of the Dice of some arms, a line for each number of labelled patients.
+def summary(tasks: Mapping[str, Sequence[Cell]], arms: Sequence[str]) -> str:
+    """Markdown table of the Dice of some arms, a line for each task and number of labelled patients that has them all.
 
     Args:
-        cells: of one task; the difference is that of the last arm to the baseline.
-        arms: columns.
+        tasks: cells of each task, by its name.
+        arms: columns; the difference is that of the last one to the baseline.
     """
     _, plain, signed = METRICS["dice"]
-    found = {(cell.labelled, cell.arm): cell for cell in cells}
     rows = []
-    for labelled in dict.fromkeys(cell.labelled for cell in cells):
-        own = [found[labelled, arm] for arm in arms]
-        difference = _interval(own[-1].differences["dice"].mean, signed)
-        rows.append([str(labelled), *(plain.format(cell.metrics["dice"].value) for cell in own), difference])
-    return markdown(["labelled patients", *(f"`{arm}`" for arm in arms), "difference (95 % interval)"], rows)
+    for name, cells in tasks.items():
+        found = {(cell.labelled, cell.arm): cell for cell in cells}
+        for labelled in dict.fromkeys(cell.labelled for cell in cells):
+            own = [found.get((labelled, arm)) for arm in arms]
+            last = own[-1]
+            if last is None or None in own:
+                continue
+            difference = _interval(last.differences["dice"].mean, signed)
+            values = [plain.format(cell.metrics["dice"].value) for cell in own if cell is not None]
+            rows.append([name, str(labelled), *values, difference])
+    return markdown(["data", "labelled patients", *(f"`{arm}`" for arm in arms), "difference (95 % interval)"], rows)
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -208,13 +208,24 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     assert evidence.EVIDENCE.read_text() == evidence.page(RESULTS, evidence.EVIDENCE)
 
 
-@pytest.mark.parametrize(("study", "task"), [("cpu", "hippocampus_2d"), ("cpu_acdc", "acdc_2d")])
-def test_the_readme_has_the_test_results_of_the_cpu_studies(study: str, task: str) -> None:
-    told = evidence.told(study)
-    found = report.load(RESULTS / study / task, "test", told.arms, told.baseline)
+def test_the_readme_has_the_test_results_of_all_studies(tmp_path: Path) -> None:
+    table = evidence.results_table(RESULTS)
+    assert len(table.splitlines()) == 2 + 3 + 4  # Hippocampus with 2, 6 and all patients, ACDC with 10 as well
+    assert f"{evidence.BEGIN}\n\n{table}\n\n{evidence.END}" in evidence.README.read_text()
+    copy = tmp_path / "README.md"
+    copy.write_text(f"a\n{evidence.BEGIN}\nold\n{evidence.END}\nb\n")
+    evidence.write_readme(RESULTS, copy)
+    assert copy.read_text() == f"a\n{evidence.BEGIN}\n\n{table}\n\n{evidence.END}\nb\n"
+    copy.write_text("no marks")
+    with pytest.raises(KAFError, match="expected one line"):
+        evidence.write_readme(RESULTS, copy)
+
+
+def test_the_readme_shows_complete_lines_only(results: Path) -> None:
+    found = report.load(results / "cpu" / "heart", "validation", ["plain", "kaf"])
     assert found is not None
-    table = report.summary(found.cells(), ["plain", "kaf_scratch", "kaf_all"])
-    assert f"<!-- table: {study} -->\n\n{table}\n\n" in (evidence.EVIDENCE.parents[1] / "README.md").read_text()
+    lines = report.summary({"Heart": found.cells()}, ["plain", "kaf"]).splitlines()
+    assert [line.split("|")[1:3] for line in lines[2:]] == [[" Heart ", " 2 "]]
 
 
 def test_no_trial_is_clearly_better_than_the_defaults() -> None:
