@@ -171,9 +171,6 @@ class KAFConfig:
             raise KAFError(f"the plans' kaf block holds a value of the wrong type: {dict(block)} ({error})") from error
 
 
-PRESETS = {"default": KAFConfig, "paper": KAFConfig.paper}
-
-
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

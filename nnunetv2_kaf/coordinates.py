@@ -7,17 +7,22 @@
   j * s + (s - 1) / 2.
 - Millimetres are voxels times the spacing, measured from the centre of voxel 0.
 
-Every function is pure and takes coordinates of shape (..., D).
+Every function is pure and takes coordinates of shape (..., D): tensors, and where one of the two kinds suffices for a
+caller, numpy arrays as well. No other file converts coordinates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nnunetv2_kaf.errors import KAFError
+
+Coords = TypeVar("Coords", Tensor, np.ndarray)
 
 
 def rescale(coords: Tensor, from_stride: Sequence[float], to_stride: Sequence[float]) -> Tensor:
@@ -35,37 +40,7 @@ def rescale(coords: Tensor, from_stride: Sequence[float], to_stride: Sequence[fl
     return (coords + 0.5) * ratio - 0.5
 
 
-def flip(coords: Tensor, shape: Sequence[int], axes: Sequence[int]) -> Tensor:
-    """Coordinates after the image was flipped along `axes`.
-
-    Args:
-        coords: (..., D) in voxels.
-        shape: D sizes of the image.
-        axes: spatial axes, 0 = first.
-
-    Returns:
-        (..., D): i becomes shape - 1 - i along each flipped axis.
-    """
-    sign = _vector(coords, [-1.0 if d in axes else 1.0 for d in range(len(shape))])
-    offset = _vector(coords, [float(n - 1) if d in axes else 0.0 for d, n in enumerate(shape)])
-    return coords * sign + offset
-
-
-def affine(coords: Tensor, matrix: Tensor, translation: Tensor) -> Tensor:
-    """Apply x -> matrix @ x + translation.
-
-    Args:
-        coords: (..., D).
-        matrix: (D, D).
-        translation: (D,).
-
-    Returns:
-        (..., D).
-    """
-    return coords @ matrix.transpose(-1, -2) + translation
-
-
-def to_mm(coords: Tensor, spacing: Sequence[float]) -> Tensor:
+def to_mm(coords: Coords, spacing: Sequence[float]) -> Coords:
     """Voxels to millimetres.
 
     Args:
@@ -75,7 +50,61 @@ def to_mm(coords: Tensor, spacing: Sequence[float]) -> Tensor:
     Returns:
         (..., D) in mm from the centre of voxel 0.
     """
-    return coords * _vector(coords, spacing)
+    out: Coords = coords * _vector(coords, spacing)
+    return out
+
+
+def from_mm(coords: Coords, spacing: Sequence[float]) -> Coords:
+    """Millimetres to voxels: the inverse of `to_mm`.
+
+    Args:
+        coords: (..., D) in mm.
+        spacing: D spacings in mm per voxel.
+
+    Returns:
+        (..., D) in voxels.
+    """
+    out: Coords = coords / _vector(coords, spacing)
+    return out
+
+
+def from_centre(coords: Coords, shape: Sequence[int]) -> Coords:
+    """Positions relative to the centre of an image, in voxels.
+
+    Args:
+        coords: (..., D) in voxels.
+        shape: D sizes of the image.
+
+    Returns:
+        (..., D); 0 is the middle of the image.
+    """
+    out: Coords = coords - _vector(coords, [(n - 1) / 2 for n in shape])
+    return out
+
+
+def share_of_extent(coords: Coords, shape: Sequence[int]) -> Coords:
+    """Positions as shares of an image: the middle is 0.5 for any number of voxels, the outer edges are 0 and 1.
+
+    Args:
+        coords: (..., D) in voxels.
+        shape: D sizes of the image.
+    """
+    out: Coords = (coords + 0.5) / _vector(coords, shape)
+    return out
+
+
+def to_grid_sample(coords: Tensor, shape: Sequence[int], *, border: bool) -> Tensor:
+    """Coordinates as `torch.nn.functional.grid_sample` takes them: from -1 to 1, last axis of the array first.
+
+    Args:
+        coords: (..., D) in voxels.
+        shape: D sizes of the image that is sampled.
+        border: Whether -1 and 1 are the outer edges of the border voxels (`align_corners=False`) or their centres
+            (`align_corners=True`).
+    """
+    if border:
+        return (2 * share_of_extent(coords, shape) - 1).flip(-1)
+    return (2 * coords / _vector(coords, [max(1, n - 1) for n in shape]) - 1).flip(-1)
 
 
 def normalize_mm(coords: Tensor, shape: Sequence[int], spacing: Sequence[float]) -> Tensor:
@@ -92,8 +121,7 @@ def normalize_mm(coords: Tensor, shape: Sequence[int], spacing: Sequence[float])
         (..., D); the largest axis runs over [-1, 1].
     """
     half_extent_mm = max(n * float(s) for n, s in zip(shape, spacing, strict=True)) / 2
-    centre = _vector(coords, [(n - 1) / 2 for n in shape])
-    return to_mm(coords - centre, spacing) / half_extent_mm
+    return to_mm(from_centre(coords, shape), spacing) / half_extent_mm
 
 
 def voxel_index(coords: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
@@ -123,6 +151,8 @@ def voxel_index(coords: Tensor, shape: Sequence[int], stride: Sequence[int]) -> 
     return index
 
 
-def _vector(like: Tensor, values: Sequence[float]) -> Tensor:
-    """(D,) of given values, filled on the device: copying a list there would make the host wait."""
+def _vector(like: Coords, values: Sequence[float]) -> Coords:
+    """(D,) of given values; for a tensor filled on its device: copying a list there would make the host wait."""
+    if isinstance(like, np.ndarray):
+        return np.asarray(values, dtype=np.float64)
     return torch.stack([like.new_full((), float(value)) for value in values])

@@ -19,16 +19,9 @@ class BadImages:
     def __init__(self) -> None:
         """Start with an empty list."""
         self._lines: list[tuple[str, str]] = []
-        self._paths: set[Path] = set()
-
-    @property
-    def paths(self) -> frozenset[Path]:
-        """All bad files, also after they were reported."""
-        return frozenset(self._paths)
 
     def add(self, path: Path, found: str, expected: str) -> None:
         """Note a bad image; safe to call from several threads."""
-        self._paths.add(path)
         self._lines.append((str(path), f"{path}: found {found}; expected {expected}"))
 
     def finish(self, skip_bad: bool) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.spatial import cKDTree
 
+from nnunetv2_kaf.coordinates import to_mm
+
 UNMATCHED = -1
 
 
@@ -82,6 +84,6 @@ def _within(
     """Return all pairs of points within the radius: indices (M,), (M,) and distances in mm (M,)."""
     if not len(first) or not len(second):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0)
-    mm = np.asarray(spacing, dtype=np.float64)
-    found = cKDTree(first * mm).sparse_distance_matrix(cKDTree(second * mm), radius_mm, output_type="ndarray")
+    one, two = cKDTree(to_mm(first, spacing)), cKDTree(to_mm(second, spacing))
+    found = one.sparse_distance_matrix(two, radius_mm, output_type="ndarray")
     return found["i"], found["j"], found["v"]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nnunetv2_kaf.coordinates import from_mm, to_grid_sample
+
 
 def patch_descriptors(
-    images: Tensor, coords: Tensor, spacing: Tensor, step_mm: float, radius_steps: int = 4, sigma_steps: float = 0.75
+    images: Tensor,
+    coords: Tensor,
+    spacing: Sequence[float],
+    step_mm: float,
+    radius_steps: int = 4,
+    sigma_steps: float = 0.75,
 ) -> Tensor:
     """Describe the surroundings of points by smoothed, normalised intensity patches.
 
@@ -19,7 +28,7 @@ def patch_descriptors(
     Args:
         images: (B, C, *S) un-augmented images.
         coords: (B, K, D) voxel coordinates in these images, array order, voxel centres at integers.
-        spacing: (D,) voxel size in mm.
+        spacing: D voxel sizes in mm.
         step_mm: distance of neighbouring samples in mm.
         radius_steps: samples on each side of the centre.
         sigma_steps: Gaussian sigma in steps.
@@ -29,9 +38,9 @@ def patch_descriptors(
         the patch is constant.
     """
     dims = coords.shape[2]
-    smooth = _gaussian_smooth(images.float(), (sigma_steps * step_mm / spacing).tolist())
+    smooth = _gaussian_smooth(images.float(), [sigma_steps * step_mm / float(mm) for mm in spacing])
     steps = torch.arange(-radius_steps, radius_steps + 1, device=images.device, dtype=torch.float32) * step_mm
-    offsets = torch.cartesian_prod(*[steps] * dims).reshape(-1, dims) / spacing
+    offsets = from_mm(torch.cartesian_prod(*[steps] * dims).reshape(-1, dims), spacing)
     points = coords.unsqueeze(2) + offsets
     patches = sample_at(smooth, points)  # (B, C, K, P)
     patches = patches - patches.mean(3, keepdim=True)
@@ -44,9 +53,7 @@ def patch_descriptors(
 
 def sample_at(images: Tensor, points: Tensor) -> Tensor:
     """Interpolate (B, C, *S) images linearly at (B, K, P, D) voxel coordinates -> (B, C, K, P); border repeated."""
-    size = torch.tensor(images.shape[2:], device=images.device, dtype=points.dtype)
-    # align_corners=True maps voxel centres 0..N-1 to -1..1; grid_sample wants the last array axis first.
-    normalised = (2 * points / (size - 1).clamp_min(1) - 1).flip(-1)
+    normalised = to_grid_sample(points, images.shape[2:], border=False)
     if points.shape[-1] == 3:
         normalised = normalised.unsqueeze(1)
     out = functional.grid_sample(images, normalised, mode="bilinear", padding_mode="border", align_corners=True)

@@ -194,8 +194,7 @@ class KeypointCache:
     def _describe(self, image: Tensor, coords: Tensor) -> Tensor:
         """Describe the points (n, D) of an image (1, C, *S): (n, E)."""
         radius, step = DESCRIPTOR_SHAPE[len(self.patch_size)]
-        spacing = torch.tensor(self.spacing, device=image.device)
-        return patch_descriptors(image, coords.unsqueeze(0), spacing, step * min(self.spacing), radius).squeeze(0)
+        return patch_descriptors(image, coords.unsqueeze(0), self.spacing, step * min(self.spacing), radius).squeeze(0)
 
     def _detect(self, image: Tensor) -> Tensor:
         """Detect in an image (1, C, *S), window by window: coordinates (n, D), strongest first."""

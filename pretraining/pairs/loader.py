@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunetv2_kaf.coordinates import from_centre
 from pretraining.config import PretrainConfig
 from pretraining.data.images import PreprocessedImages
 from pretraining.pairs.batch import Batch, PairSample, collate
@@ -130,7 +131,7 @@ class PairLoader:
         finest = min(self.spacing)
         # Relative to the centre: that is how two images of a patient are aligned.
         one, two = (
-            points.coords - (np.asarray(side.shape, dtype=np.float32) - 1) / 2
+            from_centre(points.coords, side.shape)
             for points, side in zip((first, second), (pair.first, pair.second), strict=True)
         )
         if pair.known_transform:

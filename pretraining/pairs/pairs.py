@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nnunetv2_kaf.coordinates import share_of_extent
 from nnunetv2_kaf.errors import KAFError
 
 
@@ -134,5 +135,5 @@ def _range(size: int, patch: int) -> tuple[float, float]:
 
 
 def _position(centre: Sequence[float], shape: Sequence[int]) -> tuple[float, ...]:
-    """Return voxel coordinates as shares of the volume: the middle of a volume is 0.5 for any number of voxels."""
-    return tuple(min(1.0, max(0.0, (c + 0.5) / n)) for c, n in zip(centre, shape, strict=True))
+    """Voxel coordinates as shares of the volume, from 0 to 1."""
+    return tuple(share_of_extent(np.asarray(centre), shape).clip(0, 1).tolist())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nnunetv2_kaf.coordinates import to_grid_sample
 from pretraining.pairs.splines import spline_grid
 from pretraining.pairs.views import ViewParameters
 
@@ -91,11 +92,8 @@ def render(recipe: Recipe, shape: Sequence[int]) -> Tensor:
     Returns:
         (N, C, *shape) float32 on the recipe's device. The sources are not changed.
     """
-    size = torch.tensor(recipe.sources.shape[2:], dtype=torch.float32, device=recipe.control.device)
-    # align_corners=False: -1 and 1 are the outer edges of the first and last voxel; the last array axis comes first.
     # Splines are affine in their control points, so the few control points are converted instead of every voxel.
-    normalised = ((2 * recipe.control + 1) / size - 1).flip(-1)
-    grid = spline_grid(normalised, shape)
+    grid = spline_grid(to_grid_sample(recipe.control, recipe.sources.shape[2:], border=True), shape)
     views = functional.grid_sample(recipe.sources, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return adjust_intensity(views, recipe.intensity, recipe.seeds)
 

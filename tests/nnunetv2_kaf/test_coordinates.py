@@ -1,3 +1,6 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -35,22 +38,31 @@ def test_voxel_index_is_row_major_in_array_order_and_clamped() -> None:
         coordinates.voxel_index(torch.zeros(1, 3), [3, 5], [1, 1])
 
 
-def test_flip_twice_is_the_identity_and_moves_with_the_image() -> None:
-    image = torch.arange(2 * 5.0).view(2, 5)
-    point = torch.tensor([[1.0, 3.0]])
-    flipped = coordinates.flip(point, (2, 5), (1,))
-    row, column = flipped[0].long().tolist()
-    assert image.flip(1)[row, column] == image[1, 3]
-    assert torch.equal(coordinates.flip(flipped, (2, 5), (1,)), point)
+def test_centre_and_share_of_images_of_any_size() -> None:
+    for shape in ((4, 7), (1, 2)):
+        middle = (np.asarray(shape) - 1) / 2
+        assert coordinates.from_centre(middle, shape).tolist() == [0, 0]
+        assert coordinates.share_of_extent(middle, shape).tolist() == [0.5, 0.5]
+        edges = np.stack([np.full(2, -0.5), np.asarray(shape) - 0.5])
+        assert coordinates.share_of_extent(edges, shape).tolist() == [[0, 0], [1, 1]]
 
 
-def test_affine_then_its_inverse_is_the_identity() -> None:
-    matrix = torch.tensor([[0.8, -0.3], [0.4, 1.1]], dtype=torch.float64)
-    shift = torch.tensor([3.0, -2.0], dtype=torch.float64)
-    points = torch.rand(4, 2, dtype=torch.float64)
-    moved = coordinates.affine(points, matrix, shift)
-    back = coordinates.affine(moved - shift, torch.linalg.inv(matrix), torch.zeros(2, dtype=torch.float64))
-    torch.testing.assert_close(back, points)
+def test_millimetres_there_and_back_for_tensors_and_arrays() -> None:
+    spacing = (4.0, 1.5)
+    points = torch.rand(5, 2) * 20
+    torch.testing.assert_close(coordinates.from_mm(coordinates.to_mm(points, spacing), spacing), points)
+    array = coordinates.to_mm(points.double().numpy(), spacing)
+    np.testing.assert_allclose(array, coordinates.to_mm(points.double(), spacing).numpy())
+
+
+@pytest.mark.parametrize("border", [False, True])
+@pytest.mark.parametrize("shape", [(5, 7), (1, 4), (3, 4, 6)])
+def test_grid_sample_finds_the_voxel_that_the_coordinates_name(shape: tuple[int, ...], border: bool) -> None:
+    image = torch.arange(float(math.prod(shape))).view(1, 1, *shape)
+    points = torch.cartesian_prod(*[torch.arange(float(n)) for n in shape])
+    grid = coordinates.to_grid_sample(points, shape, border=border).view(1, *[1] * (len(shape) - 1), -1, len(shape))
+    found = functional.grid_sample(image, grid, padding_mode="border", align_corners=not border)
+    torch.testing.assert_close(found.flatten(), image.flatten(), rtol=1e-4, atol=1e-4)
 
 
 def test_positions_keep_proportions_in_millimetres() -> None:
