@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
@@ -26,6 +27,7 @@ from nnunetv2_kaf.expected_end import expected_end
 from nnunetv2_kaf.files import replacing, sweep
 from nnunetv2_kaf.plans import check_configuration, check_plans, is_kaf, kaf_plans, pretraining_folder, read_plans
 from nnunetv2_kaf.schedule import WarmupPolyLRScheduler
+from nnunetv2_kaf.splits import check_fold, split_few_cases
 from nnunetv2_kaf.weights import LoadReport, load_encoder
 
 PRETRAINED_VARIABLE = "KAF_PRETRAINED"
@@ -130,6 +132,16 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             where=f"plans {plans_manager.plans_name}",
             deep_supervision=enable_deep_supervision,
         )
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """See nnU-Net; a dataset with fewer than five cases is split so that each fold leaves one patient out.
+
+        Raises:
+            KAFError: all cases are of one patient, or the fold does not exist.
+        """
+        split_or_say_why(self)
+        split: tuple[list[str], list[str]] = super().do_split()
+        return split
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """nnU-Net's optimiser; its schedule with a warm-up."""
@@ -258,6 +270,24 @@ class nnUNetTrainerKAFScratch(nnUNetTrainerKAF):  # noqa: N801
     """The same network and schedule, never from a pretraining checkpoint."""
 
     use_pretraining: ClassVar[bool] = False
+
+
+def split_or_say_why(trainer: nnUNetTrainer) -> None:
+    """Write the split of a dataset with fewer than five cases, unless there is one; for any trainer of nnU-Net's.
+
+    Raises:
+        KAFError: all cases are of one patient, or the fold does not exist.
+    """
+    if trainer.fold == "all":
+        return
+    if trainer.dataset_class is None:
+        trainer.dataset_class = infer_dataset_class(trainer.preprocessed_dataset_folder)
+    folder = Path(trainer.preprocessed_dataset_folder_base)
+    cases = trainer.dataset_class.get_identifiers(trainer.preprocessed_dataset_folder)
+    message = split_few_cases(folder, cases)
+    if message is not None:
+        trainer.print_to_log_file(f"KAF: {message}")
+    check_fold(folder, cases, trainer.fold)
 
 
 def _unwrapped(network: nn.Module) -> nn.Module:

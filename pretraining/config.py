@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.splits import PATIENT_PATTERN
 
 
 def _option(
@@ -137,7 +138,7 @@ class PretrainConfig:
         high=1,
     )
     patient_pattern: str = _option(
-        r"(.*\d)_[A-Za-z]+\d*",
+        PATIENT_PATTERN,
         str,
         "regular expression whose first group is the patient in a case identifier (the whole identifier where it does "
         "not match): patient001_frame01 is patient001",

@@ -30,7 +30,7 @@ from torch import distributed as dist
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
 from nnunetv2_kaf.plans import is_kaf
-from nnunetv2_kaf.trainer import nnUNetTrainerKAF
+from nnunetv2_kaf.trainer import nnUNetTrainerKAF, split_or_say_why
 from pretraining.data.images import MEMORY
 from semisupervised.guard import EpochSums, Guard
 from semisupervised.losses import Pending, PseudoLabels, SemiLoss, UnlabelledLoss, pseudo_labels
@@ -135,6 +135,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         classes = self.label_manager.foreground_regions if self._regions else self.label_manager.foreground_labels
         self._guard = Guard([str(name) for name in classes])
         self._sums = EpochSums(len(classes), self.device)
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """As `nnUNetTrainerKAF`: with fewer than five cases each fold leaves one patient out."""
+        split_or_say_why(self)
+        split: tuple[list[str], list[str]] = super().do_split()
+        return split
 
     @property
     def _regions(self) -> bool:

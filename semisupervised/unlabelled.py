@@ -13,6 +13,7 @@ from typing import Any
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
 from nnunetv2_kaf.plans import pretraining_folder
+from nnunetv2_kaf.safe_load import read_json
 from nnunetv2_kaf.weights import read_checkpoint
 from pretraining.config import PretrainConfig
 from pretraining.data.bad_images import BadImages
@@ -129,10 +130,8 @@ def find_unlabelled(training: Training, num_workers: int = 1) -> Unlabelled:
     pretraining = _pretraining(training)
     if chosen:
         images, origin = _chosen(task, training, chosen, num_workers), f"{VARIABLE}={chosen}"
-    elif pretraining is not None:
-        images, origin = _of_pretraining(task, *pretraining), f"the images of the pretraining {pretraining[0]}"
     else:
-        raise _none(training, f"{VARIABLE} is not set, and no finished pretraining was found in {task.folder}")
+        images, origin = _default(task, training, pretraining)
     kept, left_out = split_by_patients(images.cases, training.validation, _patient_pattern(pretraining))
     if not kept:
         raise _none(training, f"{origin} names {len(images.cases)} image(s), all of validation patients of the fold")
@@ -145,8 +144,35 @@ def _none(training: Training, why: str) -> KAFError:
     return KAFError(
         f"no unlabelled image for {training.dataset_name}, {training.configuration}, fold {training.fold}: {why}. Set "
         f"{VARIABLE} to folders of images (case_0000.nii.gz, ...) or datasets, separated by {os.pathsep!r}; or run "
-        "kaf-pretrain, whose images are used by default; or train without unlabelled images: nnUNetTrainerKAF."
+        f"kaf-unlabelled --dataset {training.dataset_name} --images DIR; or run kaf-pretrain, whose images are used by "
+        "default; or train without unlabelled images: nnUNetTrainerKAF, nnUNetTrainer."
     )
+
+
+def _default(task: Task, training: Training, pretraining: tuple[Path, dict[str, Any]] | None) -> tuple[Images, str]:
+    """Return the images of the pretraining and those that kaf-unlabelled has listed, together, and their origin.
+
+    Raises:
+        KAFError: there is neither.
+    """
+    cases: list[str] = []
+    further: dict[str, Path] = {}
+    origins = []
+    if pretraining is not None:
+        used = _of_pretraining(task, *pretraining)
+        cases, further = list(used.cases), dict(used.further)
+        origins.append(f"the images of the pretraining {pretraining[0]}")
+    if list_file(task).is_file():
+        listed = read_list(task)
+        cases += [case for case in listed if case not in further]
+        further |= listed
+        origins.append(f"the list of kaf-unlabelled, {list_file(task)}")
+    if not origins:
+        raise _none(
+            training,
+            f"{VARIABLE} is not set, kaf-unlabelled has listed none, and no finished pretraining is in {task.folder}",
+        )
+    return Images(task.image_folder, task.preprocess_command, tuple(cases), further), " and ".join(origins)
 
 
 def _pretraining(training: Training) -> tuple[Path, dict[str, Any]] | None:
@@ -230,14 +256,28 @@ def _chosen(task: Task, training: Training, text: str, num_workers: int) -> Imag
     if own:
         every = PreprocessedImages(task.image_folder, task.preprocess_command).identifiers
         cases = sorted(set(every) - set(training.train) - set(training.validation))
-    further = prepare(task, datasets, folders, num_workers, training.validation) if datasets or folders else {}
+    further: dict[str, Path] = {}
+    if datasets or folders:
+        try:
+            further = prepare(task, datasets, folders, num_workers, training.validation)
+        except KAFError as error:
+            names = " ".join(str(folder) for folder in folders) or "DIR"
+            raise KAFError(
+                f"{error}\n({VARIABLE}={text}. --skip-bad is an option of kaf-unlabelled --dataset {task.dataset_id} "
+                f"--images {names}, whose list is used where {VARIABLE} is not set.)"
+            ) from error
     if not cases and not further:
         raise _none(training, f"{VARIABLE}={text} names none")
     return Images(task.image_folder, task.preprocess_command, (*cases, *further), further)
 
 
 def prepare(
-    task: Task, datasets: Sequence[str], folders: Sequence[Path], num_workers: int, without: Sequence[str] = ()
+    task: Task,
+    datasets: Sequence[str],
+    folders: Sequence[Path],
+    num_workers: int,
+    without: Sequence[str] = (),
+    skip_bad: bool = False,
 ) -> dict[str, Path]:
     """Check and preprocess the images of further sources, as kaf-pretrain does; what is done already is kept.
 
@@ -247,6 +287,7 @@ def prepare(
         folders: in nnU-Net's naming.
         num_workers: images at a time.
         without: cases whose patients are left out.
+        skip_bad: warn of images that cannot be used instead of stopping.
 
     Returns:
         File by identifier `<source>/<case>`.
@@ -259,8 +300,52 @@ def prepare(
     for source in find_sources(task, datasets, folders, bad):
         kept, _ = split_by_patients(source.identifiers, without, PretrainConfig().patient_pattern)
         further.update(preprocess_source(task, source.restricted(kept), bad, num_workers))
-    bad.finish(False)
+    bad.finish(skip_bad)
     return further
+
+
+def list_file(task: Task) -> Path:
+    """Return where kaf-unlabelled lists the images: beside them, for all plans that preprocess alike."""
+    return cache_folder(task) / "unlabelled.json"
+
+
+def write_list(task: Task, files: Mapping[str, Path]) -> Path:
+    """List prepared images; an earlier list is replaced.
+
+    Args:
+        task: dataset, plans and configuration.
+        files: of `prepare`.
+
+    Returns:
+        The list's file.
+    """
+    path, root = list_file(task), cache_folder(task)
+    with replacing(path) as file:
+        content = {case: image.relative_to(root).as_posix() for case, image in files.items()}
+        file.write_text(json.dumps({"images": content}, indent=2) + "\n")
+    return path
+
+
+def read_list(task: Task) -> dict[str, Path]:
+    """Read a list of `write_list`.
+
+    Raises:
+        KAFError: the file is damaged, or an image of it is gone.
+    """
+    path, root = list_file(task), cache_folder(task)
+    fix = f"Run kaf-unlabelled --dataset {task.dataset_id} --images DIR -p {task.plans_name} again, or delete the list."
+    content = read_json(path, fix)
+    images = content.get("images") if isinstance(content, dict) else None
+    names = images.values() if isinstance(images, dict) else [None]
+    if not images or not all(isinstance(name, str) for name in names):
+        raise KAFError(f'{path}: expected {{"images": {{case: file}}}}, as kaf-unlabelled writes it. {fix}')
+    files = {str(case): root / name for case, name in images.items()}
+    missing = [
+        str(file) for file in files.values() if not file.is_file() or not file.resolve().is_relative_to(root.resolve())
+    ]
+    if missing:
+        raise KAFError(f"{path}: {len(missing)} of {len(files)} images are gone: {', '.join(missing[:3])}. {fix}")
+    return files
 
 
 def write_record(folder: Path, unlabelled: Unlabelled) -> None:

@@ -12,6 +12,7 @@ import pytest
 from pretraining import cli
 from pretraining.config import COMPONENTS, PRESETS, PretrainConfig, flag
 from pretraining.exchange import export_cli
+from semisupervised import cli as unlabelled_cli
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "pretraining.md"
@@ -19,11 +20,15 @@ OPTIONS = ROOT / "docs" / "pretraining-options.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = {"kaf-pretrain": cli.build_parser, "kaf-export": export_cli.build_parser}
+PROGRAMS = {
+    "kaf-pretrain": cli.build_parser,
+    "kaf-export": export_cli.build_parser,
+    "kaf-unlabelled": unlabelled_cli.build_parser,
+}
 
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 OF_OTHERS = {
-    "nnunetv2": {"--c", "--val", "--val_best", "--npz", "--verify_dataset_integrity"},
+    "nnunetv2": {"--c", "--val", "--val_best", "--npz", "--disable_ensembling", "--verify_dataset_integrity"},
     "torchrun": {"--standalone", "--nnodes", "--nproc-per-node", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"},
     "slurm": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--cpus-per-task", "--time"}
     | {"--signal", "--requeue", "--open-mode"},

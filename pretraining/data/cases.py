@@ -13,6 +13,7 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
 from nnunetv2_kaf.safe_load import read_json
 from nnunetv2_kaf.schemas import Splits, check
+from nnunetv2_kaf.splits import split_few_cases
 from pretraining.data.bad_images import BadImages
 from pretraining.data.images import PreprocessedImages
 from pretraining.data.patients import patient_of, split_by_patients
@@ -89,7 +90,7 @@ def training_cases(
         logger.info("Fold all: all %d cases are available, validation cases of every fold included.", len(everything))
         return everything
     own = [case for case in everything if "/" not in case]
-    train, validation = _split(own, dataset_folder / "splits_final.json", int(fold))
+    train, validation = _split(own, dataset_folder / "splits_final.json", int(fold), patient_pattern)
     _warn_of_leak(train, validation, fold, patient_pattern)
     cases, left_out = split_by_patients(everything, validation, patient_pattern)
     patients = len({patient_of(case, patient_pattern) for case in validation})
@@ -118,16 +119,16 @@ def _warn_of_leak(train: Iterable[str], validation: Iterable[str], fold: int | s
         )
 
 
-def _split(identifiers: list[str], path: Path, fold: int) -> tuple[list[str], list[str]]:
+def _split(identifiers: list[str], path: Path, fold: int, patient_pattern: str) -> tuple[list[str], list[str]]:
     """Return training and validation cases of a fold of the first dataset, as nnU-Net would.
 
-    The split is ``splits_final.json`` if it exists, otherwise the one that nnU-Net would create, which is saved as
-    nnU-Net would so that both agree.
+    The split is ``splits_final.json`` if it exists, otherwise the one that the trainer would create, which is saved so
+    that both agree.
 
     Raises:
         KAFError: if the split file is not usable, has no such fold, or validates on cases that do not exist.
     """
-    splits = _read_splits(path) if path.is_file() else _create_splits(identifiers, path)
+    splits = _read_splits(path) if path.is_file() else _create_splits(identifiers, path, patient_pattern)
     if fold >= len(splits):
         raise KAFError(
             f"--fold is {fold}, but {path} has {len(splits)} fold(s); expected one from 0 to {len(splits) - 1}, or "
@@ -156,15 +157,17 @@ def _read_splits(path: Path) -> list[dict[str, list[str]]]:
     return splits
 
 
-def _create_splits(identifiers: list[str], path: Path) -> list[dict[str, list[str]]]:
-    """Create and save nnU-Net's default split, exactly as nnUNetTrainer.do_split does, but never half a file."""
+def _create_splits(identifiers: list[str], path: Path, patient_pattern: str) -> list[dict[str, list[str]]]:
+    """Create and save nnU-Net's default split, exactly as nnUNetTrainer.do_split does, but never half a file.
+
+    With fewer than five cases, which is too few for it, each fold leaves one patient out, as in nnUNetTrainerKAF.
+    """
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-    if len(identifiers) < 5:
-        raise KAFError(
-            f"The dataset has {len(identifiers)} preprocessed case(s); nnU-Net's five-fold split needs at least 5. "
-            f"Use --fold all, or write your own split to {path}."
-        )
+    message = split_few_cases(path.parent, identifiers, patient_pattern)
+    if message is not None:
+        logger.info("%s.", message)
+        return _read_splits(path)
     splits: list[dict[str, list[str]]] = generate_crossval_split(list(np.sort(identifiers)), seed=12345, n_splits=5)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(splits, sort_keys=True, indent=4))

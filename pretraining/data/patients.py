@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
+
+from nnunetv2_kaf.splits import patient_of_case
 
 
 def patient_of(identifier: str, pattern: str) -> str:
@@ -19,9 +20,7 @@ def patient_of(identifier: str, pattern: str) -> str:
         so their images are never paired.
     """
     source, slash, case = identifier.rpartition("/")
-    match = re.fullmatch(pattern, case)
-    patient = match.group(1) if match else None
-    return source + slash + (patient or case)
+    return source + slash + patient_of_case(case, pattern)
 
 
 def group_by_patient(identifiers: Iterable[str], pattern: str) -> dict[str, tuple[str, ...]]:

@@ -165,10 +165,23 @@ def test_fold_all_says_that_it_uses_everything(tiny: Any, caplog: pytest.LogCapt
     assert not (tiny.folder / "splits_final.json").exists()
 
 
+def test_fewer_than_five_cases_are_split_by_patient(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    cases = ["patient1_frame1", "patient1_frame9", "patient2_frame1"]
+    with caplog.at_level(logging.INFO):
+        assert training_cases([*cases, "more-1/patient2_frame3", "more-1/x"], tiny.folder, 1, PATTERN) == [
+            *cases[:2],
+            "more-1/x",
+        ]
+    assert "3 cases are too few for nnU-Net's five-fold split: split into 2 folds" in caplog.text
+    with pytest.raises(KAFError, match=r"--fold is 2.*has 2 fold\(s\)"):
+        training_cases(cases, tiny.folder, 2, PATTERN)
+    (tiny.folder / "splits_final.json").unlink()
+    with pytest.raises(KAFError, match=r"2 case\(s\) of one patient.*fold 'all'"):
+        training_cases(cases[:2], tiny.folder, 0, PATTERN)
+
+
 def test_bad_splits(tiny: Any) -> None:
     cases = ["a", "b", "c"]
-    with pytest.raises(KAFError, match="--fold all"):
-        training_cases(cases, tiny.folder, 0, PATTERN)
     for content in (
         "[{", "[]", "{}", '[{"train": []}]', "[3]", "3", "null", '"text"', '[{"train": ["a"], "val": "a"}]',
         '[{"train": ["a"], "val": [3]}]', '[{"train": {"a": 1}, "val": ["b"]}]', '[{"val": ["a"]}]', "[" * 10**5,

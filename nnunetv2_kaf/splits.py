@@ -1,0 +1,101 @@
+"""The split of a dataset with fewer than five cases, which nnU-Net's own five-fold split cannot make."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.files import replacing
+
+SPLITS_FILE = "splits_final.json"
+FEWEST = 5
+"""Cases that nnU-Net's own split needs."""
+PATIENT_PATTERN = r"(.*\d)_[A-Za-z]+\d*"
+"""Finds the patient in a case identifier: patient001_frame01 is patient001."""
+
+Splits = list[dict[str, list[str]]]
+
+
+def patient_of_case(case: str, pattern: str = PATIENT_PATTERN) -> str:
+    """Return the patient of a case.
+
+    Args:
+        case: identifier.
+        pattern: regular expression for the whole identifier; its first group is the patient. A case that it does not
+            fit is a patient of its own.
+    """
+    match = re.fullmatch(pattern, case)
+    return (match.group(1) if match else None) or case
+
+
+def leave_one_patient_out(cases: Iterable[str], pattern: str = PATIENT_PATTERN) -> Splits:
+    """Return one fold per patient, in alphabetical order, that validates on all cases of this patient.
+
+    Args:
+        cases: of the whole dataset.
+        pattern: as for `patient_of_case`.
+
+    Raises:
+        KAFError: all cases are of one patient.
+    """
+    everything = sorted(cases)
+    patients = sorted({patient_of_case(case, pattern) for case in everything})
+    if len(patients) < 2:
+        raise KAFError(
+            f"the dataset has {len(everything)} case(s) of one patient ({', '.join(patients)}): no patient is left to "
+            f"validate on. Train with fold 'all', or write your own split to {SPLITS_FILE}."
+        )
+    return [
+        {
+            "train": [case for case in everything if patient_of_case(case, pattern) != patient],
+            "val": [case for case in everything if patient_of_case(case, pattern) == patient],
+        }
+        for patient in patients
+    ]
+
+
+def split_few_cases(folder: Path, cases: Iterable[str], pattern: str = PATIENT_PATTERN) -> str | None:
+    """Write the split of a dataset with fewer than five cases, unless there is a split already.
+
+    Args:
+        folder: `$nnUNet_preprocessed/DatasetXXX`; an existing `splits_final.json` in it always wins.
+        cases: of the whole dataset.
+        pattern: as for `patient_of_case`.
+
+    Returns:
+        What was done, in words; `None` if nothing was.
+
+    Raises:
+        KAFError: all cases are of one patient, or the file cannot be written.
+    """
+    cases = list(cases)
+    path = folder / SPLITS_FILE
+    if len(cases) >= FEWEST or path.is_file():
+        return None
+    splits = leave_one_patient_out(cases, pattern)
+    with replacing(path) as file:
+        file.write_text(json.dumps(splits, sort_keys=True, indent=4))
+    return (
+        f"{len(cases)} cases are too few for nnU-Net's five-fold split: split into {len(splits)} folds instead, each "
+        f"of which leaves one patient out ({path})"
+    )
+
+
+def check_fold(folder: Path, cases: Iterable[str], fold: int, pattern: str = PATIENT_PATTERN) -> None:
+    """Check that a fold exists where this module made the split; nnU-Net would draw a random one by file.
+
+    Raises:
+        KAFError: there are fewer folds.
+    """
+    cases = list(cases)
+    if len(cases) >= FEWEST:
+        return
+    splits = json.loads((folder / SPLITS_FILE).read_text())
+    if fold >= len(splits) and splits == leave_one_patient_out(cases, pattern):
+        raise KAFError(
+            f"fold {fold}: {folder / SPLITS_FILE} has {len(splits)} folds, one per patient; expected one from 0 to "
+            f"{len(splits) - 1}, or 'all'."
+        )
