@@ -15,6 +15,7 @@ from nnunetv2_kaf.safe_load import read_json
 from nnunetv2_kaf.schemas import Splits, check
 from nnunetv2_kaf.splits import split_few_cases
 from pretraining.data.bad_images import BadImages
+from pretraining.data.case import Case
 from pretraining.data.images import PreprocessedImages
 from pretraining.data.patients import patient_of, split_by_patients
 from pretraining.data.preprocess import preprocess_source
@@ -65,7 +66,7 @@ def collect_images(
     images = PreprocessedImages(task.image_folder, task.preprocess_command, further)
     for source in sources:
         logger.info("%s: %d images of %s.", source.key, sum(c in further for c in source.identifiers), source.folder)
-    return images, [case for case in cases if "/" not in case or case in further]
+    return images, [case for case in cases if Case.of(case).is_own or case in further]
 
 
 def training_cases(
@@ -85,11 +86,11 @@ def training_cases(
     Raises:
         KAFError: if the split file is not usable or no case is left.
     """
-    everything = sorted(identifiers, key=lambda case: ("/" in case, case))
+    everything = sorted(identifiers, key=lambda case: (not Case.of(case).is_own, case))
     if fold == "all":
         logger.info("Fold all: all %d cases are available, validation cases of every fold included.", len(everything))
         return everything
-    own = [case for case in everything if "/" not in case]
+    own = [case for case in everything if Case.of(case).is_own]
     train, validation = _split(own, dataset_folder / "splits_final.json", int(fold), patient_pattern)
     _warn_of_leak(train, validation, fold, patient_pattern)
     cases, left_out = split_by_patients(everything, validation, patient_pattern)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nnunetv2_kaf.splits import patient_of_case
+from pretraining.data.case import Case
 
 
 def patient_of(identifier: str, pattern: str) -> str:
@@ -19,8 +20,8 @@ def patient_of(identifier: str, pattern: str) -> str:
         The patient, with the source in front as in the identifier: equal names in two sources need not be one person,
         so their images are never paired.
     """
-    source, slash, case = identifier.rpartition("/")
-    return source + slash + patient_of_case(case, pattern)
+    case = Case.of(identifier)
+    return case._replace(name=patient_of_case(case.name, pattern)).identifier
 
 
 def group_by_patient(identifiers: Iterable[str], pattern: str) -> dict[str, tuple[str, ...]]:
@@ -47,11 +48,11 @@ def split_by_patients(
     Returns:
         The cases that stay, and the ones left out by source (``""`` is the first dataset), both in order.
     """
-    patients = {patient_of(case.rpartition("/")[2], pattern) for case in without}
+    patients = {patient_of(Case.of(case).name, pattern) for case in without}
     kept: list[str] = []
     left_out: dict[str, list[str]] = {}
     for identifier in identifiers:
-        source, _, case = identifier.rpartition("/")
+        source, case = Case.of(identifier)
         if patient_of(case, pattern) in patients:
             left_out.setdefault(source, []).append(case)
         else:

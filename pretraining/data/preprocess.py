@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nnunetv2_kaf.files import append_checksum, check_cache, replacing, shortened, sweep
 from nnunetv2_kaf.plans import read_description
 from pretraining.data.bad_images import BadImages
+from pretraining.data.case import Case
 from pretraining.data.raw import RawSource
 from pretraining.data.raw_checks import describe, inspect_case
 from pretraining.task import Task
@@ -166,7 +167,11 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
     _in_threads(work, todo, num_workers, source.key)
     _remove_outdated(folder, {shortened(case): targets[case] for case in spacings})
     _mention_spacings(task, source, spacings)
-    return {f"{source.key}/{case}": target for case, target in targets.items() if case not in todo or case in spacings}
+    return {
+        Case(source.key, case).identifier: target
+        for case, target in targets.items()
+        if case not in todo or case in spacings
+    }
 
 
 def _in_threads(work: Any, cases: list[str], num_workers: int, name: str) -> None:

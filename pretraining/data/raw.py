@@ -13,6 +13,7 @@ from pathlib import Path
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.safe_load import read_json
 from pretraining.data.bad_images import BadImages
+from pretraining.data.case import Case
 from pretraining.task import Task
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,13 @@ class RawSource:
     @property
     def identifiers(self) -> list[str]:
         """Identifiers that are unique over all sources: ``<key>/<case>``."""
-        return [f"{self.key}/{case}" for case in self.cases]
+        return [Case(self.key, case).identifier for case in self.cases]
 
     def restricted(self, identifiers: Sequence[str]) -> RawSource:
         """Return the source with some of its cases only."""
         wanted = set(identifiers)
-        return replace(self, cases={case: f for case, f in self.cases.items() if f"{self.key}/{case}" in wanted})
+        kept = {name: files for name, files in self.cases.items() if Case(self.key, name).identifier in wanted}
+        return replace(self, cases=kept)
 
 
 def find_sources(

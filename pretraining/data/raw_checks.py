@@ -16,8 +16,6 @@ from pretraining.data.bad_images import BadImages
 
 Problem = tuple[str, str]
 """What was found and what was expected."""
-GIPL_HEADER = 256
-"""Bytes of the header of a .gipl file."""
 CHUNK = 1 << 20
 """Bytes read at a time; a multiple of every voxel size."""
 
@@ -81,8 +79,8 @@ def _read(
 def raw_file_problem(path: Path) -> Problem | None:
     """Return what is wrong with a raw image file: absent, empty, cut off, NaN or infinite voxels.
 
-    Readers do not notice: SimpleITK fills what is missing of a cut NIfTI or GIPL file with zeros, and replaces NIfTI
-    voxels that are not finite with zeros too. Files of other formats are left to their readers, which do.
+    Readers do not notice: SimpleITK fills what is missing of a cut NIfTI file with zeros, and replaces NIfTI voxels
+    that are not finite with zeros too. Files of other formats are left to their readers, which do, but for .gipl files.
     """
     try:
         if not path.is_file():
@@ -136,8 +134,7 @@ def _scan(path: Path) -> tuple[int, int, bool]:
     with gzip.open(path) if name.endswith(".gz") else path.open("rb") as stream:
         header = _nifti_header(stream) if name.endswith((".nii", ".nii.gz")) else None
         if header is None:
-            needed = _gipl_size(path) if name.endswith((".gipl", ".gipl.gz")) else 0
-            return needed, sum(len(part) for part in iter(lambda: stream.read(CHUNK), b"")), True
+            return 0, sum(len(part) for part in iter(lambda: stream.read(CHUNK), b"")), True
         dtype = header.get_data_dtype()
         offset = int(header.get_data_offset())
         voxels = math.prod(int(n) for n in header.get_data_shape()) * int(dtype.itemsize)
@@ -161,14 +158,3 @@ def _nifti_header(stream: Any) -> Any:
     stream.seek(0)
     kind = kinds.get(int.from_bytes(first, "little")) or kinds.get(int.from_bytes(first, "big"))
     return kind.from_fileobj(stream, check=False) if kind else None  # type: ignore[no-untyped-call]
-
-
-def _gipl_size(path: Path) -> int:
-    """Return the uncompressed bytes of a .gipl file by its header."""
-    import SimpleITK
-
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    voxel = SimpleITK.Image([1] * reader.GetDimension(), reader.GetPixelID()).GetSizeOfPixelComponent()
-    return GIPL_HEADER + math.prod(int(n) for n in reader.GetSize()) * int(voxel)

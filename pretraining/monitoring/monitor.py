@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_kaf.precision import autocast
+from pretraining.data.case import Case
 from pretraining.monitoring.metrics import alignment, effective_rank, recall_hits, uniformity
 from pretraining.objectives.model import PretrainingModel
 from pretraining.pairs.batch import Batch
@@ -38,7 +39,7 @@ def hold_out(
         return dict(patients), {}
     count = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(patients))))
     # Images of further sources have no labels to lose: the first dataset's few labelled patients are all trained on.
-    names = sorted(name for name in patients if "/" in name)
+    names = sorted(name for name in patients if not Case.of(name).is_own)
     names = names if len(names) >= count else sorted(patients)
     chosen = {names[i] for i in np.random.default_rng([seed, STREAM]).permutation(len(names))[:count]}
     training = {name: cases for name, cases in patients.items() if name not in chosen}

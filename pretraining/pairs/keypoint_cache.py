@@ -26,6 +26,7 @@ from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import append_checksum, check_cache, replacing, shortened
 from nnunetv2_kaf.keypoints import KeypointDetector
+from pretraining.data.case import Case
 from pretraining.pairs.descriptors import patch_descriptors
 
 VERSION = 2
@@ -94,8 +95,8 @@ class KeypointCache:
                 f"{image} cannot be read any more ({error.strerror}). Restore it, or preprocess again."
             ) from error
         stamp = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
-        source, slash, name = case.rpartition("/")
-        return self.folder / f"{source}{slash}{shortened(name)}.{stamp}.npy"
+        source, name = Case.of(case)
+        return self.folder / source / f"{shortened(name)}.{stamp}.npy"
 
     def create(self, case: str, image_path: Path, image: np.ndarray, device: torch.device) -> None:
         """Detect and store the points of a case.

@@ -38,7 +38,7 @@ def inspect(files: Sequence[Path], channels: int = 1, dims: int = 3, reader: Any
     return spacing, ""
 
 
-ENDINGS = [".nii.gz", ".nii", ".nrrd", ".mha", ".gipl"]
+ENDINGS = [".nii.gz", ".nii", ".nrrd", ".mha"]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
