@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -126,26 +126,26 @@ class PreprocessedImages:
 
     def _open(self, case: str) -> Any:
         """Open a file for reading parts of it; one handle per thread, because blosc2 promises no thread safety."""
-        handles: OrderedDict[str, Any] = self._thread.__dict__.setdefault("handles", OrderedDict())
-        if case in handles:
-            handles.move_to_end(case)
-            return handles[case]
+        if self._ending == ".npz" and self.path(case).suffix == ".npz":
+            return self._load(case)  # a whole array: keeping it would not respect the memory limit
+        if not hasattr(self._thread, "opened"):
+            self._thread.opened = lru_cache(OPEN_FILES)(self._load)
+        return self._thread.opened(case)
+
+    def _load(self, case: str) -> Any:
+        """Open a file; of an archive the array."""
         path = self.path(case)
         try:
-            if path.suffix == ".npz":  # a whole array, not a handle: keeping it would not respect the memory limit
+            if path.suffix == ".npz":
                 with np.load(path) as archive:
                     return archive["data"]
             if path.suffix == ".npy":
-                handles[case] = np.load(path, mmap_mode="r")
-            else:
-                # Memory mapping a b2nd file fails on Windows (nnU-Net has the same exception).
-                extra = {} if os.name == "nt" else {"mmap_mode": "r"}
-                handles[case] = blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **extra)
+                return np.load(path, mmap_mode="r")
+            # Memory mapping a b2nd file fails on Windows (nnU-Net has the same exception).
+            extra = {} if os.name == "nt" else {"mmap_mode": "r"}
+            return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **extra)
         except Exception as error:  # blosc2 and zipfile raise many types for a truncated file
             raise self._unreadable(case, error) from error
-        if len(handles) > OPEN_FILES:
-            handles.popitem(last=False)
-        return handles[case]
 
     def _unreadable(self, case: str, error: Exception) -> KAFError:
         return KAFError(

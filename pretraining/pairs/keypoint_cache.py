@@ -11,10 +11,9 @@ import hashlib
 import json
 import math
 import shlex
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -65,9 +64,8 @@ class KeypointCache:
         self.patch_size = tuple(patch_size)
         self.spacing = tuple(float(s) for s in spacing)
         self.folder = folder / self._options_hash()
-        self._open: OrderedDict[Path, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._rows = lru_cache(OPEN_FILES)(self._read_rows)
         self._verified: set[Path] = set()
-        self._lock = threading.Lock()
 
     def _options_hash(self) -> str:
         """Hash of everything besides the image that determines the points."""
@@ -137,16 +135,12 @@ class KeypointCache:
         part = np.asarray(rows[int(first) : int(last)])
         return SourceKeypoints(part["coords"], part["descriptor"])
 
-    def _rows(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    def _read_rows(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Return the mapped file and the slice of every row.
 
         Raises:
             KAFError: if the file is missing, damaged, or of another kind.
         """
-        with self._lock:
-            if path in self._open:
-                self._open.move_to_end(path)
-                return self._open[path]
         self.verify([path])
         fix = f"Delete it and run again, it is made anew: rm {shlex.quote(str(path))}"
         try:
@@ -158,12 +152,7 @@ class KeypointCache:
         fields = kinds.fields if isinstance(kinds, np.dtype) and rows.ndim == 1 else None
         if not fields or set(fields) != set(names) or any(fields[n][0].base != expected[n].base for n in names):
             raise KAFError(f"{path}: found {kinds}, expected one record per keypoint, {expected}. {fix}")
-        slices = np.array(rows["slice"])
-        with self._lock:
-            self._open[path] = (rows, slices)
-            while len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-        return rows, slices
+        return rows, np.array(rows["slice"])
 
     def verify(self, paths: Iterable[Path], threads: int = 1) -> None:
         """Compare files with the checksums at their ends, once.

@@ -100,7 +100,7 @@ def test_open_files_are_limited(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> N
     images = PreprocessedImages(tiny.images["2d"], "command", memory=0)
     for case in images.identifiers:
         images.read(case, WHOLE)
-    assert list(images._thread.handles) == ["case_002", "case_003"]
+    assert images._thread.opened.cache_info().currsize == 2
 
 
 def test_missing_folder_names_the_command(tmp_path: Path) -> None:
