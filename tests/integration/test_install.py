@@ -78,7 +78,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for name in ("nnunetv2_kaf", "pretraining", "semisupervised", "startup"):
+    for name in ("nnunetv2_kaf", "pretraining", "semisupervised", "kaf_report", "startup"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     return copy
 
@@ -150,12 +150,12 @@ def test_record_lists_the_startup_files_and_the_typed_packages(wheel: Path) -> N
         files = {line.split(",")[0] for line in archive.read(record).decode().splitlines()}
     packages = {
         f"{package}/{file}"
-        for package in ("nnunetv2_kaf", "pretraining", "semisupervised")
+        for package in ("nnunetv2_kaf", "pretraining", "semisupervised", "kaf_report")
         for file in ("__init__.py", "py.typed")
     }
     assert files >= STARTUP_FILES | packages
     top_level = {name.split("/")[0] for name in files if ".dist-info/" not in name}
-    assert top_level == STARTUP_FILES | {"nnunetv2_kaf", "pretraining", "semisupervised"}
+    assert top_level == STARTUP_FILES | {"nnunetv2_kaf", "pretraining", "semisupervised", "kaf_report"}
 
 
 def test_nothing_is_found_before_the_installation(environment: Environment) -> None:

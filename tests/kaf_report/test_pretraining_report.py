@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kaf_report import cli, pair_figures
+from pretraining.cli import main as pretrain
+
+
+@pytest.fixture
+def run(tiny: Any, fast: list[str], tmp_path: Path) -> Path:
+    """A finished pretraining of the tiny dataset."""
+    tiny.add_cases(5)
+    folder = tmp_path / "run"
+    assert pretrain(["-d", "123", "-c", "2d", *fast, "--output", str(folder)]) == 0
+    return folder
+
+
+def page(folder: Path, out: Path, *options: str) -> str:
+    assert cli.main([str(folder), "-o", str(out), *options]) == 0
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_curves_pairs_and_neighbours(run: Path, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    text = page(run, tmp_path / "out", "--pairs", "3")
+    assert torch.equal(torch.get_rng_state(), state)
+    pictures = sorted(p.name for p in (tmp_path / "out" / "pictures").iterdir())
+    assert pictures == ["curves.png", "neighbours.png", "pair_000.png", "pair_001.png", "pair_002.png"]
+    assert text.count('<img src="data:image/png') == 5
+    for words in ("2 of 2, 2 steps each", "SHA-256", "bottleneck x 1", "without a partner", "Nearest neighbours"):
+        assert words in text
+    # the parent folder of one run is understood as well
+    (run.parent / "all").mkdir()
+    run.rename(run.parent / "all" / "fold_all")
+    assert "Nearest neighbours" in page(run.parent / "all", tmp_path / "out", "--pairs", "1")
+
+
+def test_without_the_last_save_the_encoder_alone_is_compared(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoint_latest.pth").unlink()
+    text = page(run, tmp_path / "out", "--pairs", "1")
+    assert "which holds the heads, is gone" in text
+    assert 'class="frame"' in text
+
+
+def test_an_unfinished_run_is_shown_as_far_as_it_came(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoint_final.pth").unlink()
+    text = page(run, tmp_path / "out", "--pairs", "1")
+    assert "is not finished" in text
+    assert 'class="frame"' in text
+
+
+def test_without_the_data_the_rest_is_shown(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_preprocessed")
+    text = page(run, tmp_path / "out")
+    assert "Pairs and neighbours are not shown" in text
+    assert "nnUNet_preprocessed is not set" in text
+    assert 'class="frame"' not in text
+    assert "data:image/png" in text
+
+
+def test_options_of_models_and_damaged_files_are_errors(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([str(run), "-i", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert "-i are for models" in capsys.readouterr().err
+    (run / "checkpoint_final.pth").write_bytes(b"x")
+    assert cli.main([str(run), "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint_final.pth" in error
+    assert "Traceback" not in error
+
+
+def test_matches_are_mutual_and_every_keypoint_has_one_kind() -> None:
+    first = np.eye(5, 4)
+    second = np.eye(4)[[1, 0, 2, 3]]
+    valid_first, valid_second = np.array([True] * 4 + [False]), np.array([True, True, True, False])
+    true = np.array([1, 2, -1, -1, -1])
+    matching = pair_figures.match(first, second, valid_first, valid_second, true)
+    assert matching.found[:3].tolist() == [1, 0, 2]
+    kinds = {kind: np.flatnonzero(matching.of(kind)).tolist() for kind in pair_figures.COLORS}
+    assert kinds["right"] == [0]
+    assert kinds["wrong"][:2] == [1, 2]
+    assert sorted(point for points in kinds.values() for point in points) == [0, 1, 2, 3]
+    nothing = pair_figures.match(first, second, valid_first, np.zeros(4, dtype=bool), true)
+    assert (nothing.found == -1).all()
+    assert np.flatnonzero(nothing.of("missed")).tolist() == [0, 1]
