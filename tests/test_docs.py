@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kaf_report import cli as report_cli
 from pretraining import cli
 from pretraining.config import COMPONENTS, PRESETS, PretrainConfig, flag
 from pretraining.exchange import export_cli
@@ -23,6 +24,7 @@ DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.m
 PROGRAMS = {
     "kaf-pretrain": cli.build_parser,
     "kaf-export": export_cli.build_parser,
+    "kaf-report": report_cli.build_parser,
     "kaf-unlabelled": unlabelled_cli.build_parser,
 }
 
