@@ -26,7 +26,7 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.expected_end import expected_end
 from nnunetv2_kaf.files import replacing, sweep
 from nnunetv2_kaf.plans import check_configuration, check_plans, is_kaf, kaf_plans, pretraining_folder, read_plans
-from nnunetv2_kaf.schedule import WarmupPolyLRScheduler
+from nnunetv2_kaf.schedule import WarmupPolyLRScheduler, schedule_variant
 from nnunetv2_kaf.splits import check_fold, split_few_cases
 from nnunetv2_kaf.weights import LoadReport, load_encoder
 
@@ -70,7 +70,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             self.num_epochs = self.schedule_epochs
         self._epoch_seconds: list[float] = []
         self._use_plans(self._substitute(plans))
-        self.kaf_config = check_configuration(plans, configuration)
+        self.kaf_config = check_configuration(self.plans_manager.plans, configuration)
 
     def _substitute(self, plans: dict[str, Any]) -> dict[str, Any]:
         """The plans with `KAFUNet`s: as given, as saved with this model, or with the default layers."""
@@ -93,8 +93,8 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
 
     def _use_plans(self, plans: dict[str, Any]) -> None:
         """Replace the plans everywhere: in the managers, and in what checkpoints store."""
-        self.my_init_kwargs["plans"].update(plans)
-        self.plans_manager = PlansManager(self.my_init_kwargs["plans"])
+        self.my_init_kwargs["plans"] = plans
+        self.plans_manager = PlansManager(plans)
         self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
 
     def initialize(self) -> None:
@@ -301,73 +301,6 @@ def _kaf_block(plans: dict[str, Any], configuration: str) -> Any:
     return PlansManager(plans).get_configuration(configuration).network_arch_init_kwargs["kaf"]
 
 
-class nnUNetTrainerKAF_1epoch(nnUNetTrainerKAF):  # noqa: N801
-    """`nnUNetTrainerKAF` for 1 epoch."""
-
-    schedule_epochs: ClassVar[int | None] = 1
-
-
-class nnUNetTrainerKAF_5epochs(nnUNetTrainerKAF):  # noqa: N801
-    """`nnUNetTrainerKAF` for 5 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 5
-
-
-class nnUNetTrainerKAF_20epochs(nnUNetTrainerKAF):  # noqa: N801
-    """`nnUNetTrainerKAF` for 20 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 20
-
-
-class nnUNetTrainerKAF_50epochs(nnUNetTrainerKAF):  # noqa: N801
-    """`nnUNetTrainerKAF` for 50 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 50
-
-
-class nnUNetTrainerKAF_100epochs(nnUNetTrainerKAF):  # noqa: N801
-    """`nnUNetTrainerKAF` for 100 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 100
-
-
-class nnUNetTrainerKAF_250epochs(nnUNetTrainerKAF):  # noqa: N801
-    """`nnUNetTrainerKAF` for 250 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 250
-
-
-class nnUNetTrainerKAFScratch_1epoch(nnUNetTrainerKAFScratch):  # noqa: N801
-    """`nnUNetTrainerKAFScratch` for 1 epoch."""
-
-    schedule_epochs: ClassVar[int | None] = 1
-
-
-class nnUNetTrainerKAFScratch_5epochs(nnUNetTrainerKAFScratch):  # noqa: N801
-    """`nnUNetTrainerKAFScratch` for 5 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 5
-
-
-class nnUNetTrainerKAFScratch_20epochs(nnUNetTrainerKAFScratch):  # noqa: N801
-    """`nnUNetTrainerKAFScratch` for 20 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 20
-
-
-class nnUNetTrainerKAFScratch_50epochs(nnUNetTrainerKAFScratch):  # noqa: N801
-    """`nnUNetTrainerKAFScratch` for 50 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 50
-
-
-class nnUNetTrainerKAFScratch_100epochs(nnUNetTrainerKAFScratch):  # noqa: N801
-    """`nnUNetTrainerKAFScratch` for 100 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 100
-
-
-class nnUNetTrainerKAFScratch_250epochs(nnUNetTrainerKAFScratch):  # noqa: N801
-    """`nnUNetTrainerKAFScratch` for 250 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 250
+def __getattr__(name: str) -> type:
+    """The variants `_1epoch` and `_<N>epochs` of the trainers here."""
+    return schedule_variant(globals(), name)

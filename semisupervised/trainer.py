@@ -30,6 +30,7 @@ from torch import distributed as dist
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
 from nnunetv2_kaf.plans import is_kaf
+from nnunetv2_kaf.schedule import schedule_variant
 from nnunetv2_kaf.trainer import nnUNetTrainerKAF, split_or_say_why
 from pretraining.data.images import MEMORY
 from semisupervised.guard import EpochSums, Guard
@@ -421,73 +422,6 @@ def _variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-class nnUNetTrainerSemi_1epoch(nnUNetTrainerSemi):  # noqa: N801
-    """`nnUNetTrainerSemi` for 1 epoch."""
-
-    schedule_epochs: ClassVar[int | None] = 1
-
-
-class nnUNetTrainerSemi_5epochs(nnUNetTrainerSemi):  # noqa: N801
-    """`nnUNetTrainerSemi` for 5 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 5
-
-
-class nnUNetTrainerSemi_20epochs(nnUNetTrainerSemi):  # noqa: N801
-    """`nnUNetTrainerSemi` for 20 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 20
-
-
-class nnUNetTrainerSemi_50epochs(nnUNetTrainerSemi):  # noqa: N801
-    """`nnUNetTrainerSemi` for 50 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 50
-
-
-class nnUNetTrainerSemi_100epochs(nnUNetTrainerSemi):  # noqa: N801
-    """`nnUNetTrainerSemi` for 100 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 100
-
-
-class nnUNetTrainerSemi_250epochs(nnUNetTrainerSemi):  # noqa: N801
-    """`nnUNetTrainerSemi` for 250 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 250
-
-
-class nnUNetTrainerKAFSemi_1epoch(nnUNetTrainerKAFSemi):  # noqa: N801
-    """`nnUNetTrainerKAFSemi` for 1 epoch."""
-
-    schedule_epochs: ClassVar[int | None] = 1
-
-
-class nnUNetTrainerKAFSemi_5epochs(nnUNetTrainerKAFSemi):  # noqa: N801
-    """`nnUNetTrainerKAFSemi` for 5 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 5
-
-
-class nnUNetTrainerKAFSemi_20epochs(nnUNetTrainerKAFSemi):  # noqa: N801
-    """`nnUNetTrainerKAFSemi` for 20 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 20
-
-
-class nnUNetTrainerKAFSemi_50epochs(nnUNetTrainerKAFSemi):  # noqa: N801
-    """`nnUNetTrainerKAFSemi` for 50 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 50
-
-
-class nnUNetTrainerKAFSemi_100epochs(nnUNetTrainerKAFSemi):  # noqa: N801
-    """`nnUNetTrainerKAFSemi` for 100 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 100
-
-
-class nnUNetTrainerKAFSemi_250epochs(nnUNetTrainerKAFSemi):  # noqa: N801
-    """`nnUNetTrainerKAFSemi` for 250 epochs."""
-
-    schedule_epochs: ClassVar[int | None] = 250
+def __getattr__(name: str) -> type:
+    """The variants `_1epoch` and `_<N>epochs` of the trainers here."""
+    return schedule_variant(globals(), name)
