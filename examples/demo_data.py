@@ -35,10 +35,10 @@ class Case:
 
 
 def dataset_id(name: str) -> str:
-    """Return the number in ``DatasetXXX_Name``, without leading zeros.
+    """The number in `DatasetXXX_Name`, without leading zeros.
 
     Raises:
-        KAFError: ``name`` is not of that form.
+        KAFError: `name` is not of that form.
     """
     match = re.fullmatch(r"Dataset(\d{3})_.+", name)
     if match is None:
@@ -51,10 +51,10 @@ def _expand(folder: Path, path: str) -> Path:
 
 
 def read_cases(folder: Path, content: dict[str, Any]) -> dict[str, Case]:
-    """List the labelled cases of a raw dataset, also where ``dataset.json`` lists the files itself.
+    """List the labelled cases of a raw dataset, also where `dataset.json` lists the files itself.
 
     Raises:
-        KAFError: there is no labelled case.
+        KAFError: There is no labelled case.
     """
     ending = content["file_ending"]
     if "dataset" in content:
@@ -79,8 +79,8 @@ def read_cases(folder: Path, content: dict[str, Any]) -> dict[str, Case]:
 def group_cases(identifiers: Sequence[str]) -> list[list[str]]:
     """Group the cases that belong together, so that a split never separates two images of one patient.
 
-    Cases belong together if they agree up to the last ``_`` (``patient001_frame01``, ``patient001_frame12``). Where
-    that leaves fewer than five groups the part before ``_`` names no patient (``hippocampus_001``) and each case stands
+    Cases belong together if they agree up to the last `_` (`patient001_frame01`, `patient001_frame12`). Where
+    that leaves fewer than five groups the part before `_` names no patient (`hippocampus_001`) and each case stands
     alone.
     """
     groups: dict[str, list[str]] = {}
@@ -96,7 +96,7 @@ def hold_out(groups: Sequence[Sequence[str]], seed: int = SEED) -> tuple[list[li
         The groups that stay for training and the test cases: a fifth of the groups, about 20 cases at most.
 
     Raises:
-        KAFError: with fewer than six groups nnU-Net's five folds could not be made from the rest.
+        KAFError: With fewer than six groups nnU-Net's five folds could not be made from the rest.
     """
     if len(groups) < 6:
         raise KAFError(f"DATA: found {len(groups)} independent labelled cases, expected at least 6 (1 test, 5 folds).")
@@ -113,7 +113,7 @@ def hold_out(groups: Sequence[Sequence[str]], seed: int = SEED) -> tuple[list[li
 
 
 def make_splits(groups: Sequence[Sequence[str]], seed: int = SEED) -> list[dict[str, list[str]]]:
-    """Return nnU-Net's ``splits_final.json`` with five folds of whole groups."""
+    """nnU-Net's `splits_final.json` with five folds of whole groups."""
     folds = np.array_split(np.random.default_rng(seed).permutation(len(groups)), 5)
     splits = []
     for fold in folds:
@@ -135,11 +135,11 @@ def _link(source: Path, target: Path) -> None:
 def prepare_own_data(source: Path, raw: Path, preprocessed: Path) -> str:
     """Link a raw dataset into the demo's folders, a part of its labelled cases as test set.
 
-    Writes grouped folds as well where cases share a patient; nnU-Net would split them case by case. ``dataset.json``
+    Writes grouped folds as well where cases share a patient; nnU-Net would split them case by case. `dataset.json`
     comes last: a folder that has it is complete.
 
     Raises:
-        KAFError: ``source`` is no raw dataset, or too small.
+        KAFError: `source` is no raw dataset, or too small.
     """
     source = source.expanduser().resolve()
     file = source / "dataset.json"

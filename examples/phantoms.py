@@ -43,14 +43,14 @@ class PhantomConfig:
     """What to generate.
 
     Attributes:
-        training: number of labelled cases in ``imagesTr``/``labelsTr``.
-        test: number of cases in ``imagesTs``, whose reference is kept in ``labelsTs``.
+        training: Number of labelled cases in `imagesTr`/`labelsTr`.
+        test: Number of cases in `imagesTs`, whose reference is kept in `labelsTs`.
         channels: 1 or 2 image channels.
-        shape: voxels along (z, y, x).
-        spacing: millimetres along (z, y, x).
-        noise: standard deviation of the Rician noise, relative to an intensity scale of about 0 to 1.
-        style: ``plain`` labels, ``regions`` (overlapping label definitions) or ``ignore`` (unannotated slices).
-        seed: seed of every draw.
+        shape: Voxels along (z, y, x).
+        spacing: Millimetres along (z, y, x).
+        noise: Standard deviation of the Rician noise, relative to an intensity scale of about 0 to 1.
+        style: `plain` labels, `regions` (overlapping label definitions) or `ignore` (unannotated slices).
+        seed: Seed of every draw.
     """
 
     training: int = 12
@@ -74,7 +74,7 @@ class PhantomConfig:
 
 @dataclass(frozen=True)
 class Phantom:
-    """One case: ``images`` float32 (C, z, y, x) and ``labels`` uint8 (z, y, x)."""
+    """One case: `images` float32 (C, z, y, x) and `labels` uint8 (z, y, x)."""
 
     images: npt.NDArray[np.float32]
     labels: LabelArray
@@ -84,12 +84,12 @@ def smooth_field(shape: Sequence[int], knots: int, rng: np.random.Generator) -> 
     """Draw a smooth random field: independent normal values on a coarse grid, interpolated by cubic splines.
 
     Args:
-        shape: voxels of the result.
-        knots: grid points per axis (fewer where an axis is shorter); more knots give a rougher field.
-        rng: source of the draw.
+        shape: Voxels of the result.
+        knots: Grid points per axis (fewer where an axis is shorter); more knots give a rougher field.
+        rng: Source of the draw.
 
     Returns:
-        Array of ``shape`` with values of roughly unit standard deviation.
+        Array of `shape` with values of roughly unit standard deviation.
     """
     coarse = [max(2, min(knots, size)) for size in shape]
     values = rng.normal(size=coarse)
@@ -99,7 +99,7 @@ def smooth_field(shape: Sequence[int], knots: int, rng: np.random.Generator) -> 
 
 
 def scene_coordinates(shape: Sequence[int], rng: np.random.Generator) -> FloatArray:
-    """Return the scene position (3, z, y, x) of every voxel under a random pose and a smooth deformation.
+    """The scene position (3, z, y, x) of every voxel under a random pose and a smooth deformation.
 
     In-plane rotation is normal with 10 degrees, sizes vary by about 12 %; the position varies by about 6 to 8 % of the
     half field of view and the deformation has a standard deviation of 5 % of it.
@@ -117,7 +117,7 @@ def scene_coordinates(shape: Sequence[int], rng: np.random.Generator) -> FloatAr
 
 
 def _ellipse(grid: FloatArray, centre: Sequence[float], radii: Sequence[float]) -> BoolArray:
-    """Return where ``grid`` lies in an ellipsoid; with two radii, in an elliptic cylinder along z."""
+    """Where `grid` lies in an ellipsoid; with two radii, in an elliptic cylinder along z."""
     axes = range(3 - len(radii), 3)
     terms = [((grid[axis] - c) / r) ** 2 for axis, c, r in zip(axes, centre, radii, strict=True)]
     return np.asarray(np.sum(terms, axis=0) < 1, dtype=bool)
@@ -127,11 +127,11 @@ def draw_chest(grid: FloatArray, rng: np.random.Generator) -> npt.NDArray[np.int
     """Paint the surroundings of the heart.
 
     Args:
-        grid: scene coordinates (3, z, y, x).
-        rng: source of the per-case sizes.
+        grid: Scene coordinates (3, z, y, x).
+        rng: Source of the per-case sizes.
 
     Returns:
-        Index into ``TISSUES`` (z, y, x). Vessels and stomach content are blood-like, the stomach wall and the liver
+        Index into `TISSUES` (z, y, x). Vessels and stomach content are blood-like, the stomach wall and the liver
         muscle-like: distractors with the intensities of the targets.
     """
     tissue = np.zeros(grid.shape[1:], dtype=np.intp)
@@ -161,8 +161,8 @@ def draw_heart(grid: FloatArray, rng: np.random.Generator) -> tuple[LabelArray, 
     """Paint the ventricles: a half-ellipsoid LV in its ring of muscle, the RV crescent on its left.
 
     Args:
-        grid: scene coordinates (3, z, y, x).
-        rng: source of the per-case sizes.
+        grid: Scene coordinates (3, z, y, x).
+        rng: Source of the per-case sizes.
 
     Returns:
         Labels (z, y, x) with RV, MYO and LV, and where papillary muscles lie (inside LV, with muscle's intensity).
@@ -187,7 +187,7 @@ def draw_heart(grid: FloatArray, rng: np.random.Generator) -> tuple[LabelArray, 
 
 
 def render(tissue: npt.NDArray[np.intp], channel: int, noise: float, rng: np.random.Generator) -> FloatArray:
-    """Turn a tissue map (z, y, x) into an image of ``channel``'s contrast.
+    """Turn a tissue map (z, y, x) into an image of `channel`'s contrast.
 
     Per case the contrast varies by 0.03, the shading field by about 20 % and the receiver gain between 300 and 900;
     edges are blurred over about a voxel (partial volume) and the noise is Rician.
@@ -216,7 +216,7 @@ def make_phantom(config: PhantomConfig, rng: np.random.Generator) -> Phantom:
 
 
 def dataset_json(config: PhantomConfig) -> dict[str, Any]:
-    """Return nnU-Net's ``dataset.json`` for this configuration."""
+    """nnU-Net's `dataset.json` for this configuration."""
     labels: dict[str, Any] = {"background": 0, "RV": RV, "MYO": MYO, "LV": LV}
     content: dict[str, Any] = {"name": "KAFPhantom", "description": "synthetic short-axis hearts"}
     if config.style == "ignore":
@@ -238,7 +238,7 @@ def _write(array: npt.NDArray[Any], spacing: Sequence[float], path: Path) -> Non
 def write_dataset(folder: Path, config: PhantomConfig) -> list[str]:
     """Write the dataset in nnU-Net's raw format and return the case identifiers, training cases first.
 
-    Each case has its own generator, so the first cases stay the same when more are asked for. ``dataset.json`` comes
+    Each case has its own generator, so the first cases stay the same when more are asked for. `dataset.json` comes
     last: a folder that has it is complete.
     """
     for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
@@ -260,7 +260,7 @@ def write_dataset(folder: Path, config: PhantomConfig) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: ``python examples/phantoms.py FOLDER [options]``."""
+    """Command line: `python examples/phantoms.py FOLDER [options]`."""
     default = PhantomConfig()
     parser = argparse.ArgumentParser(description="Write anatomical phantoms as an nnU-Net raw dataset.")
     parser.add_argument("folder", type=Path, help="dataset folder to write, named like Dataset900_KAFPhantom")

@@ -14,9 +14,9 @@ class PositionEncoding(nn.Module):
     """Learned encoding of a keypoint's position in millimetres (NeurIPS 2023, section 3.1).
 
     Args:
-        ndim: spatial axes D.
-        hidden: hidden widths of the MLP.
-        token_dim: output width.
+        ndim: Spatial axes D.
+        hidden: Hidden widths of the MLP.
+        token_dim: Output width.
     """
 
     def __init__(self, ndim: int, hidden: Sequence[int], token_dim: int) -> None:
@@ -39,9 +39,9 @@ class SelfBlock(nn.Module):
     LayerNorm does not couple samples or tokens, unlike a batch normalisation over keypoints.
 
     Args:
-        token_dim: width D.
-        num_heads: attention heads.
-        mlp_ratio: width of the residual MLP in multiples of D.
+        token_dim: Width D.
+        num_heads: Attention heads.
+        mlp_ratio: Width of the residual MLP in multiples of D.
     """
 
     def __init__(self, token_dim: int, num_heads: int, mlp_ratio: float) -> None:

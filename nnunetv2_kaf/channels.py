@@ -22,7 +22,7 @@ def repeat_input_channels(weight: Tensor, channels: int) -> Tensor:
         (F, N, *kernel).
 
     Raises:
-        KAFError: the weights have another number of channels, neither 1 nor N; which channel is which is unknown then.
+        KAFError: The weights have another number of channels, neither 1 nor N; which channel is which is unknown then.
     """
     if weight.shape[1] == channels:
         return weight
@@ -38,7 +38,7 @@ def pad_input_channels(weight: Tensor, channels: int) -> Tensor:
 
     Args:
         weight: (F, C, *kernel).
-        channels: at least C.
+        channels: Input channels to fill up to, at least C.
 
     Returns:
         (F, channels, *kernel).

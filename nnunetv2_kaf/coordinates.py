@@ -136,7 +136,7 @@ def voxel_index(coords: Tensor, shape: Sequence[int], stride: Sequence[int]) -> 
         (...) int64 in [0, prod(shape)), row-major; coordinates outside are clamped to the border.
 
     Raises:
-        KAFError: the numbers of axes differ.
+        KAFError: The numbers of axes differ.
     """
     if not coords.shape[-1] == len(shape) == len(stride):
         raise KAFError(

@@ -20,9 +20,9 @@ class EncoderOutput(NamedTuple):
     """What the encoder knows about a batch.
 
     Attributes:
-        skips: one map per stage, highest resolution first; the last is the bottleneck (B, C_b, *S_b).
-        keypoints: the K points detected in the input.
-        tokens: one (B, K, token_dim) per level that carries a layer; zero for invalid keypoints.
+        skips: One map per stage, highest resolution first; the last is the bottleneck (B, C_b, *S_b).
+        keypoints: The K points detected in the input.
+        tokens: One (B, K, token_dim) per level that carries a layer; zero for invalid keypoints.
     """
 
     skips: list[Tensor]
@@ -35,11 +35,11 @@ class KAFEncoder(nn.Module):
 
     Args:
         encoder_class: `PlainConvEncoder` or `ResidualEncoder`.
-        input_channels: image channels, plus a cascade's one-hot channels.
-        stages: per-stage arguments of `encoder_class`, one mapping a stage.
-        common: arguments of `encoder_class` that all stages share.
-        config: the KAF layers.
-        spacing: voxel spacing of the input in mm, array order.
+        input_channels: Image channels, plus a cascade's one-hot channels.
+        stages: Arguments of `encoder_class` that differ between stages, one mapping a stage.
+        common: Arguments of `encoder_class` that all stages share.
+        config: The KAF layers.
+        spacing: Voxel spacing of the input in mm, array order.
 
     Raises:
         KAFError: `config.levels` or `config.detection_channels` do not fit the network.
@@ -103,7 +103,7 @@ class KAFEncoder(nn.Module):
 
         Args:
             x: (B, C, *S).
-            keypoints: in voxels of `x`; None = detect them.
+            keypoints: Points in voxels of `x`; `None` detects them.
         """
         keypoints = self.detector(x) if keypoints is None else keypoints
         shape = x.shape[2:]

@@ -32,7 +32,7 @@ class Diffusion(nn.Module):
         token_dim: D.
         channels: C of the feature map.
         hidden: H or None.
-        kernel_size: the encoder level's own, so that a (1, 3, 3) level of anisotropic data is not mixed across slices.
+        kernel_size: The encoder level's own, so that a (1, 3, 3) level of anisotropic data is not mixed across slices.
 
     Attributes:
         evaluation: "auto", or "sparse" or "dense" for every convolution; the result is the same.
@@ -65,7 +65,7 @@ class Diffusion(nn.Module):
             tokens: (B, K, D).
             index: (B, K) flat indices of their voxels.
             valid: (B, K) bool.
-            shape: spatial shape S of the map.
+            shape: Spatial shape S of the map.
             onto: (B, C, *S) to add the result to; None = zeros.
 
         Returns:
@@ -143,11 +143,11 @@ class KAFLayer(nn.Module):
     """One keypoint-augmented fusion layer, after one encoder level.
 
     Args:
-        config: widths, depths and fusion.
+        config: Widths, depths and fusion.
         channels: C of the level.
-        kernel_size: convolution kernel of the level.
-        stride: stride of the level relative to the input.
-        spacing: input voxel spacing in mm, array order.
+        kernel_size: Convolution kernel of the level.
+        stride: Stride of the level relative to the input.
+        spacing: Input voxel spacing in mm, array order.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class KAFLayer(nn.Module):
         Args:
             features: (B, C, *S_l).
             keypoints: K keypoints in input voxels.
-            input_shape: spatial shape of the network's input.
+            input_shape: Spatial shape of the network's input.
 
         Returns:
             fused: (B, C, *S_l) with `add`, (B, 2C, *S_l) with `concat`; tokens: (B, K, D), 0 for invalid keypoints.

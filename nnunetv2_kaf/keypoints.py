@@ -160,7 +160,7 @@ class KeypointDetector(nn.Module):
 
         Args:
             image: (B, C, *S), in which the keypoints were detected.
-            keypoints: of the same batch.
+            keypoints: Points of the same batch.
 
         Returns:
             (B, K) long: index of the finer one of the two blurs whose difference is an extremum; 0 for invalid points.

@@ -1,6 +1,6 @@
 """Questions that only a fresh interpreter can answer: is a class found after a normal start, does torch work at all.
 
-Each question is source code that fills the dictionary ``answer``. An import that crashes or hangs ends the child only.
+Each question is source code that fills the dictionary `answer`. An import that crashes or hangs ends the child only.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Probe:
 
 
 def run_probe(code: str, timeout_s: float) -> Probe:
-    """Run code that fills the dictionary ``answer`` in a fresh process of this interpreter.
+    """Run code that fills the dictionary `answer` in a fresh process of this interpreter.
 
     Args:
         code: Python source. It may print anything, as nnU-Net does.

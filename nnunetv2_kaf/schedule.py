@@ -13,10 +13,10 @@ class WarmupPolyLRScheduler(PolyLRScheduler):  # type: ignore[misc]
     """nnU-Net's polynomial decay after a linear warm-up, stepped once an epoch.
 
     Args:
-        optimizer: the optimiser.
-        initial_lr: learning rate at the end of the warm-up.
-        max_steps: epochs.
-        warmup: epochs of warm-up; 0 gives nnU-Net's own schedule.
+        optimizer: The optimiser.
+        initial_lr: Learning rate at the end of the warm-up.
+        max_steps: Epochs.
+        warmup: Epochs of warm-up; 0 gives nnU-Net's own schedule.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, max_steps: int, warmup: int) -> None:

@@ -57,8 +57,8 @@ def neighbours(index: Tensor, shape: Sequence[int], kernel: Sequence[int]) -> tu
 
     Args:
         index: (B, N) flat voxel indices.
-        shape: spatial shape S of the map.
-        kernel: odd kernel sizes.
+        shape: Spatial shape S of the map.
+        kernel: Odd kernel sizes.
 
     Returns:
         target: (B, taps, N) flat indices, clamped into the map; inside: (B, taps, N) bool, False where clamped.
@@ -101,7 +101,7 @@ def conv_at(values: Tensor, index: Tensor, shape: Sequence[int], weight: Tensor,
     Args:
         values: (B, D, N); those at one voxel sum up.
         index: (B, N) flat voxel indices.
-        shape: spatial shape S of the map.
+        shape: Spatial shape S of the map.
         weight: (C, D, *kernel), odd kernel sizes, as of `torch.nn.Conv2d` / `Conv3d`.
         onto: (B, C, V) to add the result to; None = zeros.
 
@@ -148,7 +148,7 @@ def normalize_sites(
         num_voxels: V, sites and all others.
         weight: (C,) of the normalisation.
         bias: (C,) of the normalisation.
-        eps: of the normalisation.
+        eps: Added to the variance by the normalisation.
 
     Returns:
         (B, C, S) normalised values; (B, C, 1) the value that zero becomes, which all other voxels hold.
@@ -170,7 +170,7 @@ def conv_constant(vector: Tensor, shape: Sequence[int], weight: Tensor, bias: Te
 
     Args:
         vector: (B, D, 1).
-        shape: spatial shape S of the map.
+        shape: Spatial shape S of the map.
         weight: (C, D, *kernel), odd kernel sizes.
         bias: (C,).
 
@@ -200,8 +200,8 @@ def is_cheaper(num_values: int, num_voxels: int, in_channels: int) -> bool:
     (`benchmarks/scaling.py --cost-grid`).
 
     Args:
-        num_values: voxels that hold a value, per sample.
+        num_values: Voxels that hold a value, per sample.
         num_voxels: V.
-        in_channels: of the convolution.
+        in_channels: Input channels of the convolution.
     """
     return num_values * (in_channels + _SCATTER_COST) < num_voxels * in_channels

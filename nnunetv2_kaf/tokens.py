@@ -33,8 +33,8 @@ def collision_weights(index: Tensor, valid: Tensor, num_voxels: int, dtype: torc
     Args:
         index: (B, K) flat voxel indices.
         valid: (B, K) bool.
-        num_voxels: voxels of the map.
-        dtype: of the result.
+        num_voxels: Voxels of the map.
+        dtype: Type of the result.
 
     Returns:
         (B, K): the weights of the keypoints of one voxel sum to 1.
@@ -56,7 +56,7 @@ def scatter(tokens: Tensor, index: Tensor, valid: Tensor, shape: Sequence[int]) 
         tokens: (B, K, C).
         index: (B, K) flat voxel indices.
         valid: (B, K) bool; invalid tokens are not written.
-        shape: spatial shape S of the map.
+        shape: Spatial shape S of the map.
 
     Returns:
         (B, C, *S).

@@ -32,12 +32,12 @@ def is_distributed() -> bool:
 
 
 def rank() -> int:
-    """Return the number of this process, 0 without a process group."""
+    """The number of this process, 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """Return the number of processes, 1 without a process group."""
+    """The number of processes, 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
@@ -61,7 +61,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Sum a tensor over all ranks, with gradient (which is summed over all ranks as well).
 
     Args:
-        tensor: any shape, the same on every rank.
+        tensor: Any shape, the same on every rank.
     """
     if not is_distributed():
         return tensor
@@ -73,8 +73,8 @@ def any_rank(flag: bool, device: torch.device | str) -> bool:
     """Whether the flag is set on any rank.
 
     Args:
-        flag: of this rank.
-        device: where the ranks communicate: the GPU of this rank with nccl.
+        flag: Value on this rank.
+        device: Place where the ranks communicate: the GPU of this rank with nccl.
     """
     if not is_distributed():
         return flag
@@ -84,7 +84,7 @@ def any_rank(flag: bool, device: torch.device | str) -> bool:
 
 
 def gather_names(items: list[str]) -> list[str]:
-    """Return the names of all ranks in one list."""
+    """The names of all ranks in one list."""
     if not is_distributed():
         return items
     everything: list[list[str]] = [[] for _ in range(world_size())]
@@ -102,16 +102,16 @@ def barrier() -> None:
 
 @contextmanager
 def process_group(device: torch.device | str) -> Iterator[torch.device]:
-    """Join the processes that ``torchrun`` started, if it did and they are several.
+    """Join the processes that `torchrun` started, if it did and they are several.
 
     Args:
-        device: of the run; ``cuda`` communicates by nccl, everything else by gloo.
+        device: Device of the run; `cuda` communicates by nccl, everything else by gloo.
 
     Yields:
-        The device of this process: for ``cuda`` the GPU with the number LOCAL_RANK, otherwise ``device``.
+        The device of this process: for `cuda` the GPU with the number LOCAL_RANK, otherwise `device`.
 
     Raises:
-        KAFError: if the environment is incomplete or this node has fewer GPUs than processes.
+        KAFError: If the environment is incomplete or this node has fewer GPUs than processes.
     """
     device = torch.device(device)
     if _number("WORLD_SIZE", "1") < 2:
@@ -141,7 +141,7 @@ def _meet(backend: str) -> None:
     """Join the process group.
 
     Raises:
-        KAFError: the other processes cannot be found: a WORLD_SIZE is left over, or they were not started.
+        KAFError: The other processes cannot be found: a WORLD_SIZE is left over, or they were not started.
     """
     try:
         store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
@@ -155,7 +155,7 @@ def _meet(backend: str) -> None:
 
 
 def _number(name: str, default: str | None = None) -> int:
-    """Return an environment variable of torchrun."""
+    """An environment variable of torchrun."""
     value = os.environ.get(name, default)
     if value is None or not value.isdecimal():
         raise KAFError(
@@ -166,7 +166,7 @@ def _number(name: str, default: str | None = None) -> int:
 
 
 def _local_gpu(index: int) -> torch.device:
-    """Return the GPU of the process with this number on its node."""
+    """The GPU of the process with this number on its node."""
     count = torch.cuda.device_count()
     if index >= count:
         raise KAFError(

@@ -51,9 +51,9 @@ class Data:
     """What the run draws from.
 
     Attributes:
-        loader: makes the training pairs.
-        held_out: makes pairs of cases that are not trained on; of training cases if there are too few.
-        cases: the training cases.
+        loader: Makes the training pairs.
+        held_out: Makes pairs of cases that are not trained on; of training cases if there are too few.
+        cases: The training cases.
     """
 
     loader: PairLoader
@@ -128,10 +128,10 @@ def cache_keypoints(
     """Read and check every case that has no cached keypoints yet, and detect them.
 
     Returns:
-        The usable cases; ``bad`` knows the others.
+        The usable cases; `bad` knows the others.
 
     Raises:
-        KAFError: a cached file is damaged, or cannot be written.
+        KAFError: A cached file is damaged, or cannot be written.
     """
     sweep(cache.folder)
     files = {case: cache.path(case, images.path(case)) for case in cases}

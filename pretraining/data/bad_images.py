@@ -28,10 +28,10 @@ class BadImages:
         """Report everything that was added since the last report.
 
         Args:
-            skip_bad: warn instead of raising.
+            skip_bad: Warn instead of raising.
 
         Raises:
-            KAFError: with the full list, unless it is empty or ``skip_bad``.
+            KAFError: Something was added; the message is the full list. Not with `skip_bad`.
         """
         lines = [line for _, line in sorted(set(self._lines))]
         self._lines.clear()
@@ -50,13 +50,13 @@ def read_whole(images: PreprocessedImages, case: str, channels: int, bad: BadIma
     """Read and check a whole preprocessed case.
 
     Args:
-        images: where the case is.
-        case: identifier.
-        channels: that the image must have.
-        bad: the collector.
+        images: The images of all sources.
+        case: Identifier.
+        channels: How many the image must have.
+        bad: The collector.
 
     Returns:
-        (C, Z, Y, X) float32, or ``None`` if the case cannot be used, which the collector then knows.
+        (C, Z, Y, X) float32, or `None` if the case cannot be used, which the collector then knows.
     """
     path = images.path(case)
     try:

@@ -24,18 +24,18 @@ OPEN_FILES = 32
 class PreprocessedImages:
     """Images of one preprocessed configuration, and of further sources preprocessed alike, read in parts.
 
-    Decompressed images are kept in memory until ``memory`` is used up, and never exchanged for others: pretraining goes
+    Decompressed images are kept in memory until `memory` is used up, and never exchanged for others: pretraining goes
     through all cases again and again, and a least-recently-used cache smaller than the data would hardly ever hit. The
     other images are read from their files, which stay open. Safe for use from several threads.
 
     Args:
-        folder: e.g. ``$nnUNet_preprocessed/Dataset004_X/nnUNetPlans_3d_fullres``.
-        command: that preprocesses this folder; named in errors as the fix.
-        further: files of further images by identifier (``<source>/<case>``).
-        memory: bytes of decompressed images to keep.
+        folder: e.g. `$nnUNet_preprocessed/Dataset004_X/nnUNetPlans_3d_fullres`.
+        command: Command that preprocesses this folder; errors name it as the fix.
+        further: Files of further images by identifier (`<source>/<case>`).
+        memory: Bytes of decompressed images to keep.
 
     Raises:
-        KAFError: if the folder is missing or holds no images.
+        KAFError: If the folder is missing or holds no images.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class PreprocessedImages:
         self._thread = threading.local()
 
     def path(self, case: str) -> Path:
-        """Return the image file of a case; an unpacked ``.npy`` is preferred over ``.npz``."""
+        """The image file of a case; an unpacked `.npy` is preferred over `.npz`."""
         if case in self._further:
             return self._further[case]
         unpacked = self.folder / f"{case}.npy"
         return unpacked if self._ending == ".npz" and unpacked.is_file() else self.folder / f"{case}{self._ending}"
 
     def shape(self, case: str) -> tuple[int, ...]:
-        """Return the array shape (C, Z, Y, X).
+        """The array shape (C, Z, Y, X).
 
         Raises:
-            KAFError: if the file is unreadable.
+            KAFError: If the file is unreadable.
         """
         if case not in self._shapes:
             self._shapes[case] = tuple(int(n) for n in self._open(case).shape)
@@ -81,14 +81,14 @@ class PreprocessedImages:
         """Read part of an image.
 
         Args:
-            case: identifier.
-            box: one slice per spatial axis.
+            case: Identifier.
+            box: One slice per spatial axis.
 
         Returns:
             (C, *box) float32, a fresh array.
 
         Raises:
-            KAFError: if the file is unreadable or holds NaN or infinite values.
+            KAFError: If the file is unreadable or holds NaN or infinite values.
         """
         source = self._kept(case)
         if source is None:
@@ -105,7 +105,7 @@ class PreprocessedImages:
         return array
 
     def _kept(self, case: str) -> np.ndarray | None:
-        """Return the decompressed image if there is room for it in memory."""
+        """The decompressed image if there is room for it in memory."""
         if case in self._asked:  # None while another thread decompresses it: read from the file meanwhile
             return self._arrays.get(case)
         shape = self.shape(case)
@@ -154,5 +154,5 @@ class PreprocessedImages:
         )
 
     def remedy(self, case: str) -> str:
-        """Return how the preprocessed image of a case is made again."""
+        """How the preprocessed image of a case is made again."""
         return "start again" if case in self._further else f"preprocess again: {self.command}"

@@ -9,11 +9,11 @@ from pretraining.data.case import Case
 
 
 def patient_of(identifier: str, pattern: str) -> str:
-    """Return the patient of a case.
+    """The patient of a case.
 
     Args:
-        identifier: of the case; ``<source>/<case>`` for an image of a further source.
-        pattern: regular expression for the whole case; its first group is the patient. A case that it does not fit is
+        identifier: Names the case; `<source>/<case>` is an image of a further source.
+        pattern: Regular expression for the whole case; its first group is the patient. A case that it does not fit is
             a patient of its own.
 
     Returns:
@@ -25,7 +25,7 @@ def patient_of(identifier: str, pattern: str) -> str:
 
 
 def group_by_patient(identifiers: Iterable[str], pattern: str) -> dict[str, tuple[str, ...]]:
-    """Return the cases of every patient, patients and their cases in the order of the identifiers."""
+    """The cases of every patient, patients and their cases in the order of the identifiers."""
     groups: dict[str, list[str]] = {}
     for identifier in identifiers:
         groups.setdefault(patient_of(identifier, pattern), []).append(identifier)
@@ -41,12 +41,12 @@ def split_by_patients(
     image, the opposite could leak one.
 
     Args:
-        identifiers: cases of all sources.
-        without: cases whose patients are left out.
-        pattern: as for `patient_of`.
+        identifiers: Cases of all sources.
+        without: Cases whose patients are left out.
+        pattern: See `patient_of`.
 
     Returns:
-        The cases that stay, and the ones left out by source (``""`` is the first dataset), both in order.
+        The cases that stay, and the ones left out by source (`""` is the first dataset), both in order.
     """
     patients = {patient_of(Case.of(case).name, pattern) for case in without}
     kept: list[str] = []

@@ -24,9 +24,9 @@ class RawSource:
     """A folder of raw images.
 
     Attributes:
-        key: readable name and a hash of the folder's place; the prefix of the identifiers.
-        folder: the folder; never written.
-        cases: image files by case, in the order of their channels.
+        key: Readable name and a hash of the folder's place; the prefix of the identifiers.
+        folder: The folder; never written.
+        cases: Image files by case, in the order of their channels.
     """
 
     key: str
@@ -35,11 +35,11 @@ class RawSource:
 
     @property
     def identifiers(self) -> list[str]:
-        """Identifiers that are unique over all sources: ``<key>/<case>``."""
+        """Identifiers that are unique over all sources: `<key>/<case>`."""
         return [Case(self.key, case).identifier for case in self.cases]
 
     def restricted(self, identifiers: Sequence[str]) -> RawSource:
-        """Return the source with some of its cases only."""
+        """The source with some of its cases only."""
         wanted = set(identifiers)
         kept = {name: files for name, files in self.cases.items() if Case(self.key, name).identifier in wanted}
         return replace(self, cases=kept)
@@ -51,13 +51,13 @@ def find_sources(
     """List the cases of all further sources.
 
     Args:
-        task: the first dataset; its dataset.json names the file ending of ``folders``.
-        extra_datasets: numbers or names of datasets in ``$nnUNet_raw``, whose imagesTr are used.
-        folders: of images.
-        bad: collects image files with wrong names.
+        task: The first dataset; its dataset.json names the file ending of `folders`.
+        extra_datasets: Numbers or names of datasets in `$nnUNet_raw`, whose imagesTr are used.
+        folders: Folders of images.
+        bad: Collects image files with wrong names.
 
     Raises:
-        KAFError: a dataset or folder does not exist, has no image, or is the first dataset's own.
+        KAFError: A dataset or folder does not exist, has no image, or is the first dataset's own.
     """
     first_ending = _file_ending(task.dataset_folder / "dataset.json")
     places: dict[Path, tuple[str, Path, str]] = {}
@@ -79,7 +79,7 @@ def _add_place(
     """Add a folder unless it is there already.
 
     Raises:
-        KAFError: the folder does not exist or is the first dataset's own.
+        KAFError: The folder does not exist or is the first dataset's own.
     """
     if not folder.is_dir():
         raise KAFError(f"{option}: found no folder {folder}; expected a folder of images such as case_0000{ending}.")
@@ -108,7 +108,7 @@ def _list_cases(folder: Path, ending: str, bad: BadImages) -> dict[str, tuple[Pa
     ignored.
 
     Raises:
-        KAFError: there is no image at all.
+        KAFError: There is no image at all.
     """
     pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(ending)}")
     image_endings = _image_endings(ending)
@@ -146,10 +146,10 @@ def _image_endings(ending: str) -> tuple[str, ...]:
 
 
 def _raw_dataset(dataset: str) -> Path:
-    """Return the folder of a dataset in ``$nnUNet_raw``.
+    """The folder of a dataset in `$nnUNet_raw`.
 
     Raises:
-        KAFError: the variable is not set, or no (or more than one) dataset fits.
+        KAFError: The variable is not set, or no (or more than one) dataset fits.
     """
     value = os.environ.get("nnUNet_raw")  # noqa: SIM112 - nnU-Net's own spelling
     if not value or not Path(value).is_dir():
@@ -167,7 +167,7 @@ def _raw_dataset(dataset: str) -> Path:
 
 
 def _file_ending(dataset_json: Path) -> str:
-    """Return the ending of a dataset's image files.
+    """The ending of a dataset's image files.
 
     Raises:
         KAFError: dataset.json is missing or damaged.

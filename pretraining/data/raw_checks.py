@@ -26,14 +26,14 @@ def inspect_case(
     """Read every file of a case, one at a time, and collect what is wrong.
 
     Args:
-        files: one per channel (or one picture with several channels), named ``<case>_<channel><ending>``.
+        files: One per channel (or one picture with several channels), named `<case>_<channel><ending>`.
         reader: nnU-Net's reader class.
-        channels: that the case must have.
+        channels: How many the case must have.
         patch_dims: 2 or 3, of the configuration.
-        bad: the collector.
+        bad: The collector.
 
     Returns:
-        The spacing (z, y, x) in mm, or ``None`` if something is wrong.
+        The spacing (z, y, x) in mm, or `None` if something is wrong.
     """
     numbers = [int(re.findall(r"_(\d{4})\.", path.name)[-1]) for path in files]
     if numbers != list(range(len(files))):
@@ -60,7 +60,7 @@ def inspect_case(
 def _read(
     path: Path, reader: Callable[[], Any], patch_dims: int, bad: BadImages
 ) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
-    """Return shape (C, Z, Y, X) and spacing of a file, or ``None`` after collecting what is wrong with it."""
+    """Shape (C, Z, Y, X) and spacing of a file, or `None` after collecting what is wrong with it."""
     problem = raw_file_problem(path)
     if problem is None:
         try:
@@ -77,7 +77,7 @@ def _read(
 
 
 def raw_file_problem(path: Path) -> Problem | None:
-    """Return what is wrong with a raw image file: absent, empty, cut off, NaN or infinite voxels.
+    """What is wrong with a raw image file: absent, empty, cut off, NaN or infinite voxels.
 
     Readers do not notice: SimpleITK fills what is missing of a cut NIfTI file with zeros, and replaces NIfTI voxels
     that are not finite with zeros too. Files of other formats are left to their readers, which do, but for .gipl files.
@@ -98,11 +98,11 @@ def raw_file_problem(path: Path) -> Problem | None:
 
 
 def raw_array_problem(array: np.ndarray, spacing: Sequence[float], patch_dims: int) -> Problem | None:
-    """Return what is wrong with the content of one raw file.
+    """What is wrong with the content of one raw file.
 
     Args:
         array: (C, Z, Y, X) as read by nnU-Net's readers.
-        spacing: in mm, three values.
+        spacing: Voxel sizes in mm, three values.
         patch_dims: 2 or 3, of the configuration.
     """
     if array.ndim != 4 or min(array.shape) < 1:
@@ -118,7 +118,7 @@ def raw_array_problem(array: np.ndarray, spacing: Sequence[float], patch_dims: i
 
 
 def describe(error: Exception) -> str:
-    """Return the type and last line of an error of a reader."""
+    """The type and last line of an error of a reader."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
@@ -150,7 +150,7 @@ def _scan(path: Path) -> tuple[int, int, bool]:
 
 
 def _nifti_header(stream: Any) -> Any:
-    """Return the header, or ``None`` if it is none; nibabel.load would refuse odd orientations that readers accept."""
+    """The header, or `None` if it is none; nibabel.load would refuse odd orientations that readers accept."""
     from nibabel import Nifti1Header, Nifti2Header
 
     kinds = {348: Nifti1Header, 540: Nifti2Header}

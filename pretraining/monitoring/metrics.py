@@ -40,13 +40,13 @@ def recall_hits(
         second: (B, K2, F) descriptors of the second views.
         valid_second: (B, K2) bool.
         matches: (B, K) long; index of the partner in the second view, which is valid, or -1 (no other negative).
-        ranks: the R, at least 1.
+        ranks: The R, at least 1.
 
     Returns:
-        hits (len(ranks),) long, and the number of matched keypoints () long.
+        Hits (len(ranks),) long, and the number of matched keypoints () long.
 
     Raises:
-        KAFError: if the shapes disagree or a rank is not positive.
+        KAFError: If the shapes disagree or a rank is not positive.
     """
     _check_recall(first, second, valid_second, matches, ranks)
     # A monitoring number must not depend on the precision of the training step that it is called from.
@@ -79,7 +79,7 @@ def alignment(embeddings: Tensor) -> Tensor:
         Scalar.
 
     Raises:
-        KAFError: if there is not an even, positive number of rows.
+        KAFError: If there is not an even, positive number of rows.
     """
     if embeddings.ndim != 2 or embeddings.shape[0] == 0 or embeddings.shape[0] % 2:
         raise KAFError(f"Expected embeddings (2B, E), first sides before second; found {tuple(embeddings.shape)}.")
@@ -103,7 +103,7 @@ def uniformity(embeddings: Tensor) -> Tensor:
         Scalar.
 
     Raises:
-        KAFError: if there are fewer than 2 rows.
+        KAFError: If there are fewer than 2 rows.
     """
     if embeddings.ndim != 2 or embeddings.shape[0] < 2:
         raise KAFError(f"Expected embeddings (N, E) with N of at least 2; found {tuple(embeddings.shape)}.")
@@ -130,7 +130,7 @@ def effective_rank(embeddings: Tensor) -> Tensor:
         Scalar; NaN only if the embeddings are not finite.
 
     Raises:
-        KAFError: if the embeddings are not a matrix with at least one row.
+        KAFError: If the embeddings are not a matrix with at least one row.
     """
     if embeddings.ndim != 2 or embeddings.shape[0] == 0:
         raise KAFError(f"Expected embeddings (N, E) with N of at least 1; found {tuple(embeddings.shape)}.")

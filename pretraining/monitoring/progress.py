@@ -25,12 +25,12 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-        label: of the vertical axis.
-        names: key in the history -> name in the legend.
-        height: relative to the other panels.
-        factor: the values are multiplied by it.
-        limits: of the vertical axis; by the data if None.
-        log: logarithmic axis; values that are not positive are left out.
+        label: Text at the vertical axis.
+        names: Key in the history -> name in the legend.
+        height: Relative to the other panels.
+        factor: The values are multiplied by it.
+        limits: Ends of the vertical axis; `None` fits them to the data.
+        log: Logarithmic axis; values that are not positive are left out.
     """
 
     label: str
@@ -64,8 +64,9 @@ def plot_progress(history: Sequence[Mapping[str, float]], path: Path) -> None:
     is a warning: it must not end a run that can go on.
 
     Args:
-        history: per epoch, "epoch" and any of the names in `PANELS`; the first entry may be the state before training.
-        path: of a PNG.
+        history: One record per epoch: "epoch" and any of the names in `PANELS`. The first one may be of the state
+            before training.
+        path: The PNG to write.
     """
     figure = draw_progress(history)
     if figure is None:
@@ -95,7 +96,7 @@ def draw_progress(history: Sequence[Mapping[str, float]]) -> Figure | None:
 
 
 def _lines(panel: Panel, history: Sequence[Mapping[str, float]]) -> dict[str, Points]:
-    """Return the points (epoch, value) of every name of the panel that has any."""
+    """The points (epoch, value) of every name of the panel that has any."""
     lines = {name: _points(history, name, panel) for name in panel.names}
     return {name: points for name, points in lines.items() if points}
 

@@ -16,7 +16,7 @@ class PairSample:
     """One pair of views of one patient; index 0 of the leading axis is the first side.
 
     Attributes:
-        cases: identifiers of the two sides.
+        cases: Identifiers of the two sides.
         views: (2, C, *V) float32, or the recipe to render them from.
         coords: (2, K, D) float32 keypoints in view voxels, 0 where invalid.
         valid: (2, K) bool.
@@ -53,14 +53,14 @@ class Batch:
     positions: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch with everything on ``device``."""
+        """The batch with everything on `device`."""
         coords, valid, matches, positions = (
             t.to(device, non_blocking=True) for t in (self.coords, self.valid, self.matches, self.positions)
         )
         return Batch(self.cases, self.views.to(device), coords, valid, matches, positions)
 
     def rendered(self, shape: Sequence[int]) -> Tensor:
-        """Return the views (2B, C, *V), computed on the batch's device if that has not been done yet."""
+        """The views (2B, C, *V), computed on the batch's device if that has not been done yet."""
         return render(self.views, shape) if isinstance(self.views, Recipe) else self.views
 
 

@@ -23,7 +23,7 @@ def mutual_nearest(rows: np.ndarray, columns: np.ndarray, cost: np.ndarray, coun
         rows: (M,) index of the first point of every candidate pair.
         columns: (M,) index of the second one.
         cost: (M,) lower is better; of equal ones the lower index of the partner wins.
-        count: number of first points.
+        count: Number of first points.
 
     Returns:
         (count,) int64, the partner's index in the other set or `UNMATCHED`. One to one by construction.
@@ -35,7 +35,7 @@ def mutual_nearest(rows: np.ndarray, columns: np.ndarray, cost: np.ndarray, coun
 
 
 def _cheapest(points: np.ndarray, cost: np.ndarray, partners: np.ndarray) -> np.ndarray:
-    """Return the index of the cheapest candidate pair of every point that has one."""
+    """The index of the cheapest candidate pair of every point that has one."""
     order = np.lexsort((partners, cost, points))
     ordered = points[order]
     return order[np.flatnonzero(np.diff(ordered, prepend=-1))]
@@ -48,7 +48,7 @@ def match_by_transform(first: np.ndarray, second: np.ndarray, spacing: Sequence[
         first: (Ka, D) source coordinates in voxels of the keypoints that the first view shows.
         second: (Kb, D) the same of the second view.
         spacing: D voxel sizes in mm.
-        radius_mm: matches are at most this far apart.
+        radius_mm: Matches are at most this far apart.
 
     Returns:
         (Ka,) int64, index into the second view's keypoints or `UNMATCHED`.
@@ -81,7 +81,7 @@ def match_by_descriptor(
 def _within(
     first: np.ndarray, second: np.ndarray, spacing: Sequence[float], radius_mm: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return all pairs of points within the radius: indices (M,), (M,) and distances in mm (M,)."""
+    """All pairs of points within the radius: indices (M,), (M,) and distances in mm (M,)."""
     if not len(first) or not len(second):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0)
     one, two = cKDTree(to_mm(first, spacing)), cKDTree(to_mm(second, spacing))

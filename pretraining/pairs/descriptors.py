@@ -22,15 +22,15 @@ def patch_descriptors(
     """Describe the surroundings of points by smoothed, normalised intensity patches.
 
     The inner product of two such vectors is the normalised cross-correlation of the patches, so it ignores gain and
-    offset. The patch is a grid of ``2 * radius_steps + 1`` points a side, ``step_mm`` apart, so that anisotropic voxels
-    are described in physical size. Smoothing (Gaussian, ``sigma_steps * step_mm``) avoids aliasing.
+    offset. The patch is a grid of `2 * radius_steps + 1` points a side, `step_mm` apart, so that anisotropic voxels
+    are described in physical size. Smoothing (Gaussian, `sigma_steps * step_mm`) avoids aliasing.
 
     Args:
         images: (B, C, *S) un-augmented images.
         coords: (B, K, D) voxel coordinates in these images, array order, voxel centres at integers.
         spacing: D voxel sizes in mm.
-        step_mm: distance of neighbouring samples in mm.
-        radius_steps: samples on each side of the centre.
+        step_mm: Distance of neighbouring samples in mm.
+        radius_steps: Samples on each side of the centre.
         sigma_steps: Gaussian sigma in steps.
 
     Returns:

@@ -36,7 +36,7 @@ class Recipe:
     seeds: tuple[int, ...]
 
     def to(self, device: torch.device) -> Recipe:
-        """Return the recipe with its tensors on ``device``."""
+        """The recipe with its tensors on `device`."""
         sources, control, intensity = (
             t.to(device, non_blocking=True) for t in (self.sources, self.control, self.intensity)
         )
@@ -52,10 +52,10 @@ def make_recipe(
     """Put views together.
 
     Args:
-        crops: parts of the source images, each (C, *R) float32.
-        origins: per view, the source voxel at index 0 of its crop.
-        controls: per view, from `control_points`.
-        parameters: per view.
+        crops: Parts of the source images, each (C, *R) float32.
+        origins: Source voxel at index 0 of the crop, one per view.
+        controls: Control points from `control_points`, one array per view.
+        parameters: Parameters of each view.
     """
     control = [c - np.asarray(origin, dtype=np.float64) for c, origin in zip(controls, origins, strict=True)]
     intensity = [[p.gamma, p.contrast, p.brightness, p.noise] for p in parameters]
@@ -122,7 +122,7 @@ def adjust_intensity(views: Tensor, intensity: Tensor, seeds: Sequence[int]) -> 
 
 
 def _noise(count: int, seed: int, device: torch.device) -> Tensor:
-    """Return ``count`` standard normal values that belong to a seed, the same on every device.
+    """`count` standard normal values that belong to a seed, the same on every device.
 
     They are a piece of one long field, at a place that the seed determines: drawing new values for every view would be
     one of the slowest parts of the input pipeline.
@@ -136,5 +136,5 @@ def _noise(count: int, seed: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _noise_field(device: str) -> Tensor:
-    """Return the field of `_noise` on a device."""
+    """The field of `_noise` on a device."""
     return torch.randn(NOISE_FIELD, generator=torch.Generator().manual_seed(0)).to(device)

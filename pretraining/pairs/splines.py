@@ -24,10 +24,10 @@ INVERSION_TOLERANCE = 0.05
 
 
 def control_points(parameters: ViewParameters, shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
-    """Return the B-spline control points of a view, (G, ..., G, D) float64 source voxels, G = ELASTIC_CELLS + 3.
+    """The B-spline control points of a view, (G, ..., G, D) float64 source voxels, G = ELASTIC_CELLS + 3.
 
     A view voxel at offset v mm from the view's centre shows the source at
-    ``centre + scale * R (mirror * v + u(v)) / spacing``, u being the elastic displacement in mm (free-form deformation,
+    `centre + scale * R (mirror * v + u(v)) / spacing`, u being the elastic displacement in mm (free-form deformation,
     Rueckert et al., IEEE TMI 1999).
     """
     dims = len(shape)
@@ -60,7 +60,7 @@ def spline_grid(control: Tensor, shape: Sequence[int]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _bspline_weights(count: int, cells: int) -> Tensor:
-    """Return the (count, cells + 3) cubic B-spline weights of voxels spread over ``cells`` intervals."""
+    """The (count, cells + 3) cubic B-spline weights of voxels spread over `cells` intervals."""
     position = np.linspace(0, cells, count) if count > 1 else np.array([cells / 2])
     cell = np.clip(np.floor(position), 0, cells - 1).astype(int)
     weights = np.zeros((count, cells + 3))
@@ -77,7 +77,7 @@ def to_source(
 
     Args:
         control: (G, ..., G, D) from `control_points`.
-        shape: shape of the view.
+        shape: Shape of the view.
         points: (K, D) view voxels; outside of the view the spline goes on affinely.
         slope: `mean_slope` of the spline, if it is known already.
 
@@ -102,12 +102,12 @@ def to_source(
 def to_view(control: np.ndarray, shape: Sequence[int], points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find where source points appear in a view: the inverse of `to_source`.
 
-    Iterates ``x <- x + A^-1 (s - f(x))`` with A the affine part of the spline f. Below the folding limit of the elastic
+    Iterates `x <- x + A^-1 (s - f(x))` with A the affine part of the spline f. Below the folding limit of the elastic
     deformation (see `_draw_control`) the remainder is a contraction.
 
     Args:
         control: (G, ..., G, D) from `control_points`.
-        shape: shape of the view.
+        shape: Shape of the view.
         points: (K, D) source voxels.
 
     Returns:
@@ -137,7 +137,7 @@ def to_view(control: np.ndarray, shape: Sequence[int], points: np.ndarray) -> tu
 
 
 def mean_slope(control: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Return the mean slope (D, D) of a spline: source voxels per view voxel."""
+    """The mean slope (D, D) of a spline: source voxels per view voxel."""
     cells, dims = control.shape[0] - 3, len(shape)
     columns = []
     for axis, n in enumerate(shape):
@@ -147,10 +147,10 @@ def mean_slope(control: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def bounding_box(control: np.ndarray, extents: Sequence[int], margin: int = 1) -> tuple[slice, ...]:
-    """Return the part of an image of shape ``extents`` that a view shows, at least one voxel per axis.
+    """The part of an image of shape `extents` that a view shows, at least one voxel per axis.
 
     The spline is evaluated on a lattice of a few points per cell; between them it deviates from the linear interpolant
-    by at most h^2 / 8 times its second derivative, which its control points bound. ``margin`` voxels are added.
+    by at most h^2 / 8 times its second derivative, which its control points bound. `margin` voxels are added.
     """
     dims, per_cell = len(extents), 2
     lattice = [per_cell * (control.shape[0] - 3) + 1] * dims
