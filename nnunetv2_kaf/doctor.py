@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from nnunetv2_kaf import console
 from nnunetv2_kaf.probes import COMPILE, DISCOVERY, TORCH, Probe, run_probe
 
 MINIMUM_NNUNET = "2.7"
@@ -156,14 +158,18 @@ def check_path_variable(name: str) -> Check:
     if not value:
         return Check(name, "fail", "not set", f"export {name}=<folder for {PATH_VARIABLES[name]}>")
     if not Path(value).is_dir():
-        return Check(name, "fail", f"{value} is not a folder", f"mkdir -p '{value}', or correct the variable")
+        return Check(
+            name, "fail", f"{value} is not a folder", f"mkdir -p {shlex.quote(value)}, or correct the variable"
+        )
     try:
         with tempfile.TemporaryFile(dir=value):
             pass
     except OSError as error:
         # nnU-Net only reads raw data, so a shared read-only folder is fine there.
         status: Literal["warn", "fail"] = "warn" if name == "nnUNet_raw" else "fail"
-        return Check(name, status, f"{value}: no file can be written ({error.strerror})", f"chmod u+w '{value}'")
+        return Check(
+            name, status, f"{value}: no file can be written ({error.strerror})", f"chmod u+w {shlex.quote(value)}"
+        )
     return Check(name, "ok", value)
 
 
@@ -269,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="write the checks as JSON instead of a table")
     options = parser.parse_args(argv)
-    sys.stderr.write("Checking; the import of torch can take a minute.\n")
+    console.prepare_streams()
+    console.complain("Checking; the import of torch can take a minute.")
     checks = run_checks(options.timeout, with_compile=not options.no_compile)
-    sys.stdout.write((format_json(checks) if options.json else format_table(checks)) + "\n")
+    console.say(format_json(checks) if options.json else format_table(checks))
     return int(any(check.status == "fail" for check in checks))

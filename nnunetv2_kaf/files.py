@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import threading
@@ -15,8 +16,6 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from nnunetv2_kaf.errors import KAFError
 
 LEFTOVER_AGE = 3600.0
@@ -26,6 +25,8 @@ CONTINUE = "Free some space or check the permissions, then continue the run."
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
+    import torch  # not at the top: whoever only writes a file need not wait for it
+
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("nnunetv2-kaf", "nnunetv2", "dynamic-network-architectures"):
         try:
@@ -70,7 +71,9 @@ def replacing(path: str | Path, remedy: str = CONTINUE) -> Iterator[Path]:
 
 
 def sweep(folder: Path, older_than: float = LEFTOVER_AGE) -> None:
-    """Remove the unfinished files that killed processes left in a folder and the folders in it.
+    """Remove the unfinished files that killed processes of ours left in a folder and the folders in it.
+
+    Only names as `replacing` gives them: a temporary file of somebody else is none of them.
 
     Args:
         folder: Where `replacing` wrote; it may be missing.
@@ -80,6 +83,8 @@ def sweep(folder: Path, older_than: float = LEFTOVER_AGE) -> None:
         OSError: A file cannot be removed.
     """
     for leftover in folder.rglob(".*.tmp"):
+        if not re.fullmatch(r"\..+\.\d+-\d+\.tmp", leftover.name):
+            continue
         with suppress(FileNotFoundError):  # another process was faster
             if time.time() - leftover.stat().st_mtime >= older_than:
                 leftover.unlink()

@@ -7,7 +7,6 @@ sizes patch and batch, and data that nnU-Net already preprocessed for `nnUNetPla
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +21,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunetv2_kaf.config import FINEST_LEVEL, KAFConfig
-from nnunetv2_kaf.plans import kaf_architecture
+from nnunetv2_kaf.plans import kaf_architecture, read_plans
 
 _LOGGER = logging.getLogger(__name__)
 # what decides how a configuration's data are preprocessed
@@ -85,7 +84,7 @@ class _KAFPlanning:
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Save; a configuration that is preprocessed exactly as in `nnUNetPlans` shares their data."""
         recursive_fix_for_json_export(plans)
-        plain = json.loads(self._plain_plans_file.read_text())
+        plain = read_plans(self._plain_plans_file)
         if plain["transpose_forward"] == plans["transpose_forward"]:
             for name, plan in plans["configurations"].items():
                 theirs = plain["configurations"].get(name, {})

@@ -168,6 +168,22 @@ def _path_name(value: str) -> str:
     return value
 
 
+def check_name(value: str, option: str) -> None:
+    """Check a name that becomes part of a path.
+
+    Args:
+        value: the name.
+        option: the option that gives it, for the message.
+
+    Raises:
+        KAFError: it could lead elsewhere.
+    """
+    try:
+        _path_name(value)
+    except ValueError as error:
+        raise KAFError(f"{option} is {value!r}; expected {error}.") from error
+
+
 def _numbers(low: float, high: float, kind: type = float) -> BeforeValidator:
     """A list of two or three numbers, one per axis."""
 

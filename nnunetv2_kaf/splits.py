@@ -57,6 +57,22 @@ def leave_one_patient_out(cases: Iterable[str], pattern: str = PATIENT_PATTERN) 
     ]
 
 
+def read_splits(path: Path) -> Splits:
+    """Read a split file.
+
+    Raises:
+        KAFError: it cannot be read, or is none of nnU-Net's.
+    """
+    # Not at the top: the options of a command, which name the pattern above, need not wait for torch.
+    from nnunetv2_kaf import schemas
+    from nnunetv2_kaf.safe_load import read_json
+
+    fix = 'Correct or delete it; expected a list of {"train": [cases], "val": [cases]}.'
+    splits: Splits = read_json(path, fix)
+    schemas.check(schemas.Splits, splits, str(path), fix)
+    return splits
+
+
 def split_few_cases(folder: Path, cases: Iterable[str], pattern: str = PATIENT_PATTERN) -> str | None:
     """Write the split of a dataset with fewer than five cases, unless there is a split already.
 
@@ -77,7 +93,7 @@ def split_few_cases(folder: Path, cases: Iterable[str], pattern: str = PATIENT_P
         return None
     splits = leave_one_patient_out(cases, pattern)
     with replacing(path) as file:
-        file.write_text(json.dumps(splits, sort_keys=True, indent=4))
+        file.write_text(json.dumps(splits, sort_keys=True, indent=4), encoding="utf-8")
     return (
         f"{len(cases)} cases are too few for nnU-Net's five-fold split: split into {len(splits)} folds instead, each "
         f"of which leaves one patient out ({path})"
@@ -93,7 +109,7 @@ def check_fold(folder: Path, cases: Iterable[str], fold: int, pattern: str = PAT
     cases = list(cases)
     if len(cases) >= FEWEST:
         return
-    splits = json.loads((folder / SPLITS_FILE).read_text())
+    splits = read_splits(folder / SPLITS_FILE)
     if fold >= len(splits) and splits == leave_one_patient_out(cases, pattern):
         raise KAFError(
             f"fold {fold}: {folder / SPLITS_FILE} has {len(splits)} folds, one per patient; expected one from 0 to "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -28,6 +29,7 @@ from nnunetv2_kaf.files import replacing, sweep
 from nnunetv2_kaf.plans import check_configuration, check_plans, is_kaf, kaf_plans, pretraining_folder, read_plans
 from nnunetv2_kaf.schedule import WarmupPolyLRScheduler, schedule_variant
 from nnunetv2_kaf.splits import check_fold, split_few_cases
+from nnunetv2_kaf.tensors import LARGEST_WEIGHT, diverged
 from nnunetv2_kaf.weights import LoadReport, load_encoder
 
 PRETRAINED_VARIABLE = "KAF_PRETRAINED"
@@ -181,6 +183,22 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             self._record(LoadReport(None, None, {}, "weights given to nnU-Net with -pretrained_weights"))
         super().on_train_start()
 
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """See nnU-Net.
+
+        Raises:
+            KAFError: the weights have diverged: every further epoch, and every checkpoint of it, would be worthless.
+        """
+        super().on_train_epoch_end(train_outputs)
+        bad = diverged(_unwrapped(self.network).state_dict())
+        if bad:
+            raise KAFError(
+                f"epoch {self.current_epoch}: the weights have diverged: found NaN, infinite or absurd values in "
+                f"{len(bad)} tensor(s), the first is {bad[0]}; expected finite weights below {LARGEST_WEIGHT:g}. The "
+                f"checkpoints in {self.output_folder} are from before. Look at the images for extreme values, lower "
+                "initial_lr in a trainer of your own, or train in full precision (nnUNet_compile=f, -device cpu)."
+            )
+
     def on_epoch_start(self) -> None:
         """See nnU-Net."""
         super().on_epoch_start()
@@ -233,22 +251,25 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             if path.is_file():
                 seen = "its pretraining saw the images of this fold's validation cases, without labels"
                 return path, "found at its standard place" + (f"; {seen}" if fold == "all" != self.fold else "")
-            if fold == self.fold:
-                self._check_finished(path)
+            self._check_finished(path, fold)
         base = pretraining_folder(name, plans, self.configuration_name, self.fold)
         others = sorted(str(p) for p in base.parent.parent.glob("KAFPretraining__*/fold_*/checkpoint_final.pth"))
         hint = f"; checkpoints of other plans, configurations or folds: {others}" if others else ""
+        kept = sorted(str(p) for fold in (self.fold, "all") for p in base.parent.glob(f"fold_{fold}/*.pth.bak-*"))
+        hint += f"; set aside by a later run that did not finish: {kept}" if kept else ""
         return None, f"no pretraining checkpoint in {base} or fold_all{hint}"
 
-    def _check_finished(self, final: Path) -> None:
+    def _check_finished(self, final: Path, fold: int | str) -> None:
         latest = final.with_name("checkpoint_latest.pth")
         if latest.is_file():
             manager = self.plans_manager
+            what = ["--dataset", manager.dataset_name, "-c", self.configuration_name, "-p", manager.plans_name]
+            command = shlex.join(["kaf-pretrain", *what, "--fold", str(fold), "--continue"])
+            whose = "this fold" if fold == self.fold else "all folds"
             raise KAFError(
-                f"the pretraining of this fold is unfinished: found {latest} and no {final.name}. Finish it "
-                f"(kaf-pretrain --dataset {manager.dataset_name} -c {self.configuration_name} -p {manager.plans_name} "
-                f"--fold {self.fold} --continue, with the options it was started with), or set "
-                f"{PRETRAINED_VARIABLE}=none to start from scratch."
+                f"the pretraining of {whose} is unfinished: found {latest} and no {final.name}. Finish it "
+                f"({command}, with the options it was started with), or set {PRETRAINED_VARIABLE}=none to start from "
+                "scratch."
             )
 
     def _record(self, report: LoadReport) -> None:
@@ -263,7 +284,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             )
         record = Path(self.output_folder) / INITIALIZATION_FILE
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        record.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 class nnUNetTrainerKAFScratch(nnUNetTrainerKAF):  # noqa: N801

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,21 @@ def run_identity(
     }
 
 
-def save_latest(path: Path, state: TrainingState, config: PretrainConfig, identity: Mapping[str, Any]) -> None:
+def save_latest(
+    path: Path,
+    state: TrainingState,
+    config: PretrainConfig,
+    identity: Mapping[str, Any],
+    when_written: Callable[[], None] = lambda: None,
+) -> None:
     """Write everything that `load_latest` needs to go on exactly as if the run had never stopped.
+
+    Args:
+        path: of the file.
+        state: of the run.
+        config: its options.
+        identity: what it is about.
+        when_written: called when the file is complete, before it gets its name.
 
     Raises:
         KAFError: if the file cannot be written; an earlier file at ``path`` is then untouched.
@@ -77,8 +91,19 @@ def save_latest(path: Path, state: TrainingState, config: PretrainConfig, identi
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "versions": versions(),
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(checkpoint, file)
+    with replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+        when_written()
+
+
+def check_latest(path: Path, config: PretrainConfig, identity: Mapping[str, Any]) -> None:
+    """Check that `load_latest` will take a file, as far as that can be known without the images.
+
+    Raises:
+        KAFError: as `load_latest`.
+    """
+    _check(load_safely(path, what="checkpoint of an unfinished run", fix=_FRESH), path, config, identity)
 
 
 def load_latest(
@@ -197,42 +222,54 @@ def export(path: Path, state: TrainingState, task: Task, fold: int | str, pretra
 
 
 def tidy(folder: Path) -> None:
-    """Make the folder of a run and remove what a killed run left.
+    """Remove what a killed run left in its folder.
 
     Raises:
-        KAFError: if it cannot be made or written to.
+        KAFError: if it cannot be removed.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         sweep(folder, older_than=0)
     except OSError as error:
-        raise KAFError(f"{folder}: the folder cannot be made or written to ({error}). Choose with --output.") from error
+        raise KAFError(f"{folder}: the folder cannot be written to ({error}). Choose with --output.") from error
 
 
 _FILES = (LATEST, FINAL, "progress.png", "pretraining.log", "nonfinite_batch.json", "tensorboard", "wandb")
 
 
-def set_aside(folder: Path) -> list[Path]:
-    """Rename the files of an earlier run in ``folder`` to ``<name>.bak-<time>``; returns the new paths.
+def earlier_files(folder: Path) -> list[Path]:
+    """What an earlier run has left in its folder."""
+    return [path for path in (folder / name for name in _FILES) if path.exists()]
+
+
+def set_aside(folder: Path) -> dict[Path, Path]:
+    """Rename the files of an earlier run in ``folder`` to ``<name>.bak-<time>``: new paths by the old ones.
 
     Raises:
-        KAFError: if a file cannot be renamed.
+        KAFError: if a file cannot be renamed; those that were are put back.
     """
-    earlier = [folder / name for name in _FILES]
-    moved = []
+    moved: dict[Path, Path] = {}
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    for path in filter(Path.exists, earlier):
+    for path in earlier_files(folder):
         target, count = path.with_name(f"{path.name}.bak-{stamp}"), 1
         while target.exists():
             target, count = path.with_name(f"{path.name}.bak-{stamp}-{count}"), count + 1
         try:
             os.replace(path, target)
         except OSError as error:
+            put_back(moved)
             raise KAFError(f"Could not rename {path} of an earlier run: {error}. Move it away yourself.") from error
-        moved.append(target)
+        moved[path] = target
     if moved:
-        logger.info("An earlier run was found; its files are kept as: %s", ", ".join(str(p) for p in moved))
+        logger.info("An earlier run was found; its files are kept as: %s", ", ".join(map(str, moved.values())))
     return moved
+
+
+def put_back(moved: Mapping[Path, Path]) -> None:
+    """Undo `set_aside`, as far as nothing new is there."""
+    for path, target in moved.items():
+        with suppress(OSError):
+            if not path.exists():
+                os.replace(target, path)
 
 
 def _brief(value: Any) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2_kaf import console
 from nnunetv2_kaf.errors import KAFError
 from pretraining.config import PRESETS, PretrainConfig, flag
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from pretraining.task import Task
@@ -47,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--images",
         nargs="+",
         default=[],
-        type=Path,
+        type=console.path,
         metavar="DIR",
         help="folders of more unlabelled images in nnU-Net's naming (case_0000.nii.gz), preprocessed with the plans",
     )
@@ -63,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--init",
-        type=Path,
+        type=console.path,
         metavar="PATH",
         help="start the convolutional part from this checkpoint of nnssl, of an nnU-Net training or of kaf-pretrain",
     )
@@ -76,7 +79,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on from checkpoint_latest.pth of the same run; without one, start a new run",
     )
     how.add_argument(
-        "--output", type=Path, metavar="DIR", help="write here instead of the place where nnUNetTrainerKAF looks"
+        "--output",
+        type=console.path,
+        metavar="DIR",
+        help="write here instead of the place where nnUNetTrainerKAF looks",
     )
     how.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     workers = max(1, min(8, (os.cpu_count() or 2) - 1))
@@ -111,12 +117,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done or stopped by a cluster's signal, 2 bad input, 130 interrupted."""
+    console.prepare_streams()
     parsed = build_parser().parse_args(arguments)
-    try:
-        config = _config(parsed)
-    except KAFError as error:
-        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
-        return 2
+    goes_on = "the same command with --continue goes on from what was saved last."
+    return console.run(PROGRAM, lambda: _main(parsed), goes_on)
+
+
+def _main(parsed: argparse.Namespace) -> None:
+    """Check the options, pretrain, and say what comes next."""
+    config = _config(parsed)
     # Here and not at the top: --help and a mistyped option need not wait for torch.
     from pretraining import distributed
     from pretraining.signals import PreemptedError
@@ -127,16 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logger.setLevel(logging.INFO if first else logging.WARNING)
             message = _run(parsed, config, device)
             if first:
-                _say(message)
-    except KAFError as error:
-        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
-        return 2
+                console.say(message)
     except PreemptedError as stop:
-        sys.stderr.write(f"{PROGRAM}: {stop}\n")
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{PROGRAM}: interrupted; the same command with --continue goes on from the last epoch.\n")
-        return 130
-    return 0
+        console.complain(f"{PROGRAM}: {stop}")
 
 
 def _config(parsed: argparse.Namespace) -> PretrainConfig:
@@ -214,19 +216,17 @@ def _parse_fold(text: str) -> int | str:
 
 def _closing(task: Task, fold: int | str, checkpoint: Path, elsewhere: bool) -> str:
     """Say where everything is and what comes next."""
-    plans = "" if task.plans_name == "nnUNetPlans" else f" -p {task.plans_name}"
+    plans = "" if task.plans_name == "nnUNetPlans" else f" -p {shlex.quote(task.plans_name)}"
     target: Any = "FOLD" if fold == "all" else fold
-    train = f"nnUNetv2_train {task.dataset_id} {task.configuration} {target}"
+    train, file = (
+        f"nnUNetv2_train {task.dataset_id} {shlex.quote(task.configuration)} {target}",
+        shlex.quote(str(checkpoint)),
+    )
     if task.network == "plain":
-        train += f"{plans} -pretrained_weights {checkpoint}"
+        train += f"{plans} -pretrained_weights {file}"
     else:
-        train = f"{f'KAF_PRETRAINED={checkpoint} ' if elsewhere else ''}{train} -tr nnUNetTrainerKAF{plans}"
+        train = f"{f'KAF_PRETRAINED={file} ' if elsewhere else ''}{train} -tr nnUNetTrainerKAF{plans}"
     return f"Checkpoint: {checkpoint}\nCurves:     {checkpoint.with_name('progress.png')}\nNext:       {train}"
-
-
-def _say(message: str) -> None:
-    """Write the result to stdout; everything else goes to the log on stderr."""
-    sys.stdout.write(message + "\n")
 
 
 @contextmanager

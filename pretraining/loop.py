@@ -202,7 +202,7 @@ class Trainer:
         everywhere = sorted(set(distributed.gather_names(cases)))
         record = {"step": self.state.step, "cases": everywhere, "losses": {k: str(v) for k, v in values.items()}}
         if distributed.rank() == 0:
-            self.failure_file.write_text(json.dumps(record, indent=2) + "\n")
+            self.failure_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         raise KAFError(
             f"The {what} is not finite in step {self.state.step}, cases {', '.join(everywhere)} (saved to "
             f"{self.failure_file}). Look at these images for extreme values, or lower --learning-rate; then continue "

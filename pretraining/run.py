@@ -11,8 +11,9 @@ import torch
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256
+from nnunetv2_kaf.tensors import LARGEST_WEIGHT, diverged
 from pretraining import distributed
-from pretraining.checkpoint import FINAL, LATEST, load_latest, run_identity
+from pretraining.checkpoint import FINAL, LATEST, check_latest, load_latest, run_identity
 from pretraining.config import PretrainConfig
 from pretraining.exchange.interop import initialize_encoder
 from pretraining.loop import Trainer, TrainingState, amp_dtype, build_optimizer
@@ -83,10 +84,12 @@ def pretrain(task: Task, config: PretrainConfig, options: RunOptions) -> Path:
     folder = run_folder(task, options)
     batch_size = _batch_size(task, config)
     with Preemption() as preemption, open_recorder(folder) as recorder:
-        data = prepare(task, config, options.data, options.device, batch_size)
         state = build_state(task, config, options.device)
-        identity = run_identity(task, options.data.fold, data.cases, batch_size)
-        identity, resumed = _start(folder, state, task, config, options, identity)
+        identity, resumed = _start(folder, state, task, config, options, batch_size)
+        data = prepare(task, config, options.data, options.device, batch_size)
+        identity["cases"] = list(data.cases)
+        if resumed:
+            identity = _resume(folder / LATEST, state, config, identity)
         recorder.begin({**config.to_dict(), **identity}, resumed, data.held_out, options.device)
         _announce(task, config, options, len(data.cases), batch_size)
         failure_file = folder / "nonfinite_batch.json"
@@ -152,8 +155,23 @@ class _Run:
         return time.monotonic() - self.saved >= 60 * self.trainer.config.save_minutes
 
     def _save(self) -> None:
+        """Save, unless the weights have diverged: what was saved last is worth more then.
+
+        Raises:
+            KAFError: They have diverged, or the file cannot be written.
+        """
         self.saved = time.monotonic()
-        self.recorder.save(self.trainer.state, self.trainer.config, self.identity)
+        state = self.trainer.state
+        bad = diverged(state.model.state_dict())
+        if bad:
+            latest = self.recorder.folder / LATEST
+            kept = f"{latest} holds the last good state" if latest.is_file() else "nothing was saved"
+            raise KAFError(
+                f"The weights have diverged by step {state.step}: found NaN, infinite or absurd values in {len(bad)} "
+                f"tensor(s), the first is {bad[0]}; expected finite weights below {LARGEST_WEIGHT:g}. {kept}. Start "
+                "again with a lower --learning-rate."
+            )
+        self.recorder.save(state, self.trainer.config, self.identity)
 
     def _record(self, record: dict[str, float]) -> None:
         """Measure on the held-out pairs, and add the record to the history."""
@@ -206,9 +224,11 @@ def _start(
     task: Task,
     config: PretrainConfig,
     options: RunOptions,
-    identity: dict[str, object],
+    batch_size: int,
 ) -> tuple[dict[str, object], bool]:
-    """Load the last checkpoint if the run is to be continued and there is one, otherwise the weights of ``--init``.
+    """Check the last checkpoint if the run is to be continued, otherwise take the weights of ``--init``.
+
+    Both before any image is read: a wrong file is known in seconds.
 
     Args:
         folder: of the run.
@@ -216,23 +236,33 @@ def _start(
         task: what is trained.
         config: options of the objectives.
         options: options of the run.
-        identity: what the run is about, but for ``--init``.
+        batch_size: pairs per batch, over all processes.
 
     Returns:
-        The complete identity, and whether the run is continued.
+        What the run is about, but for the cases, and whether the run is continued.
     """
     latest = folder / LATEST
+    identity = run_identity(task, options.data.fold, (), batch_size)
+    del identity["cases"]
     if options.resume and latest.is_file():
         # The weights are in the checkpoint, so that the file may be gone; if it is there it must be the same.
         if options.init is None or options.init.is_file():
-            identity = {**identity, "init": options.init and file_sha256(options.init)}
+            identity["init"] = options.init and file_sha256(options.init)
         else:
-            identity = {key: value for key, value in identity.items() if key != "init"}
-        saved = load_latest(latest, state, config, identity)
-        logger.info("Continuing %s after step %d of %d.", latest, state.step, config.epochs * config.iterations)
-        return saved, True
+            del identity["init"]
+        check_latest(latest, config, identity)
+        return identity, True
     if options.resume:
         logger.info("--continue: there is no %s to continue from; starting a new run.", latest)
     if options.init is not None:
-        identity = {**identity, "init": initialize_encoder(state.network, options.init, task.channels).sha256}
+        identity["init"] = initialize_encoder(state.network, options.init, task.channels).sha256
     return identity, False
+
+
+def _resume(
+    latest: Path, state: TrainingState, config: PretrainConfig, identity: dict[str, object]
+) -> dict[str, object]:
+    """Restore the state of a run that is continued; returns its complete identity."""
+    saved = load_latest(latest, state, config, identity)
+    logger.info("Continuing %s after step %d of %d.", latest, state.step, config.epochs * config.iterations)
+    return saved

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, by which clusters announce that a job will be stopped."""
+"""SIGTERM and SIGUSR1, by which clusters announce that a job will be stopped, and SIGHUP of a terminal that closes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class PreemptedError(BaseException):
@@ -35,7 +35,9 @@ class Preemption:
     def __enter__(self) -> Preemption:
         """Install the handlers."""
         try:
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            # ignored by nohup: a closed terminal is then no reason to stop
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in heard}
         except ValueError:  # not the main thread
             self._previous = {}
         return self

@@ -22,6 +22,7 @@ from nnunetv2_kaf.plans import (
     read_plans,
     resolve_configuration,
 )
+from nnunetv2_kaf.schemas import check_name
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def resolve_task(dataset: str, configuration: str, plans_name: str, network: str
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    check_name(plans_name, "-p")
+    check_name(configuration, "-c")
     folder = find_dataset(dataset)
     dataset_id = int(folder.name[7:10])
     plans_file = folder / f"{plans_name}.json"

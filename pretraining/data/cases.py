@@ -11,9 +11,7 @@ import numpy as np
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
-from nnunetv2_kaf.safe_load import read_json
-from nnunetv2_kaf.schemas import Splits, check
-from nnunetv2_kaf.splits import split_few_cases
+from nnunetv2_kaf.splits import read_splits, split_few_cases
 from pretraining.data.bad_images import BadImages
 from pretraining.data.case import Case
 from pretraining.data.images import PreprocessedImages
@@ -129,7 +127,7 @@ def _split(identifiers: list[str], path: Path, fold: int, patient_pattern: str) 
     Raises:
         KAFError: if the split file is not usable, has no such fold, or validates on cases that do not exist.
     """
-    splits = _read_splits(path) if path.is_file() else _create_splits(identifiers, path, patient_pattern)
+    splits = read_splits(path) if path.is_file() else _create_splits(identifiers, path, patient_pattern)
     if fold >= len(splits):
         raise KAFError(
             f"--fold is {fold}, but {path} has {len(splits)} fold(s); expected one from 0 to {len(splits) - 1}, or "
@@ -146,18 +144,6 @@ def _split(identifiers: list[str], path: Path, fold: int, patient_pattern: str) 
     return train, validation
 
 
-def _read_splits(path: Path) -> list[dict[str, list[str]]]:
-    """Read an existing split file.
-
-    Raises:
-        KAFError: it is none of nnU-Net's.
-    """
-    fix = 'Correct or delete it; expected a list of {"train": [cases], "val": [cases]}.'
-    splits: list[dict[str, list[str]]] = read_json(path, fix)
-    check(Splits, splits, str(path), fix)
-    return splits
-
-
 def _create_splits(identifiers: list[str], path: Path, patient_pattern: str) -> list[dict[str, list[str]]]:
     """Create and save nnU-Net's default split, exactly as nnUNetTrainer.do_split does, but never half a file.
 
@@ -168,9 +154,9 @@ def _create_splits(identifiers: list[str], path: Path, patient_pattern: str) -> 
     message = split_few_cases(path.parent, identifiers, patient_pattern)
     if message is not None:
         logger.info("%s.", message)
-        return _read_splits(path)
+        return read_splits(path)
     splits: list[dict[str, list[str]]] = generate_crossval_split(list(np.sort(identifiers)), seed=12345, n_splits=5)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(splits, sort_keys=True, indent=4))
+        temporary.write_text(json.dumps(splits, sort_keys=True, indent=4), encoding="utf-8")
     logger.info("Created nnU-Net's default five-fold split: %s", path)
     return splits

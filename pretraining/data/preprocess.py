@@ -226,7 +226,8 @@ def _remove_outdated(folder: Path, current: Mapping[str, Path]) -> None:
     for path in folder.iterdir():
         named = re.fullmatch(r"(.*)-[0-9a-f]{16}\.b2nd", path.name)
         if named and named[1] in current and path != current[named[1]]:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # read-only: it is not used either
+                path.unlink(missing_ok=True)
 
 
 def _mention_spacings(task: Task, source: RawSource, spacings: dict[str, tuple[float, ...]]) -> None:

@@ -7,9 +7,8 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf import console
 
 PROGRAM = "kaf-export"
 logger = logging.getLogger("pretraining")
@@ -24,9 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
         "names of the cases that were pretrained on are left out.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint_final.pth of kaf-pretrain")
+    parser.add_argument(
+        "checkpoint", type=console.path, metavar="CHECKPOINT", help="checkpoint_final.pth of kaf-pretrain"
+    )
     parser.add_argument("--format", choices=("nnssl",), default="nnssl", help="format to write (default: nnssl)")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="file to write")
+    parser.add_argument("-o", "--output", required=True, type=console.path, metavar="OUT", help="file to write")
     parser.add_argument(
         "--plain",
         action="store_true",
@@ -39,18 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
+    console.prepare_streams()
     parsed = build_parser().parse_args(arguments)
-    try:
+
+    def export() -> None:
         with _log_to_stderr():
             message = _run(parsed)
-        sys.stdout.write(message + "\n")
-    except KAFError as error:
-        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{PROGRAM}: interrupted; nothing was written.\n")
-        return 130
-    return 0
+        console.say(message)
+
+    return console.run(PROGRAM, export, "nothing was written.")
 
 
 def _run(parsed: argparse.Namespace) -> str:

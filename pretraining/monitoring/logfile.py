@@ -12,7 +12,7 @@ from pathlib import Path
 @contextmanager
 def log_file(path: Path) -> Iterator[MemoryHandler]:
     """Append the log of this package to a file; what comes before the first flush is kept in memory until then."""
-    file = logging.FileHandler(path, delay=True)
+    file = logging.FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler = _LogFromFlush(file)
     package = logging.getLogger(__name__.split(".")[0])

@@ -66,6 +66,16 @@ def open_trackers(folder: Path, options: Mapping[str, Any], resume: bool) -> Tra
     return TolerantTrackers(trackers)
 
 
+def check_trackers() -> None:
+    """Check what `open_trackers` needs, without opening anything.
+
+    Raises:
+        KAFError: for a bad value of a variable, or if Weights & Biases is wanted and not installed.
+    """
+    if wandb_enabled():
+        _import_wandb()
+
+
 class TolerantTrackers:
     """Several trackers as one that never raises: a full disk or a network must not end a run that can go on.
 

@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -174,7 +175,8 @@ class KeypointCache:
         for folder in {folder for folder, _ in valid}:
             for path in folder.glob("*.npy"):
                 if valid.get((folder, _stem(path)), path) != path:
-                    path.unlink(missing_ok=True)
+                    with suppress(OSError):  # read-only: it is not used either
+                        path.unlink(missing_ok=True)
 
     def _record_type(self, channels: int) -> np.dtype[np.void]:
         dims = len(self.patch_size)

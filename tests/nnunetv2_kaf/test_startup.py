@@ -287,7 +287,14 @@ def test_importing_the_package_loads_neither_torch_nor_nnunet() -> None:
 
 @pytest.mark.parametrize(
     "startup",
-    [None, "def f(:\n", "raise ValueError('broken')\n", "import no_such_package\n", "def install(): raise OSError\n"],
+    [
+        None,
+        "def f(:\n",
+        "raise ValueError('broken')\n",
+        "import no_such_package\n",
+        "def install(): raise OSError\n",
+        "raise SystemExit(3)\n",
+    ],
 )
 def test_pth_line_is_silent_when_the_startup_module_is_missing_or_broken(tmp_path: Path, startup: str | None) -> None:
     shutil.copy(STARTUP / "nnunetv2_kaf_startup.pth", tmp_path)

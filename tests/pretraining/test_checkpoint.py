@@ -14,6 +14,7 @@ from pretraining.checkpoint import (
     FORMAT_VERSION,
     LATEST,
     load_latest,
+    put_back,
     run_identity,
     save_latest,
     set_aside,
@@ -117,7 +118,7 @@ def test_an_earlier_run_is_set_aside_completely_and_never_overwritten(tmp_path: 
         (tmp_path / "notes.txt").write_text("of the user")
         moved = set_aside(tmp_path)
         assert len(moved) == 7
-        assert all(path.parent == tmp_path for path in moved)
+        assert all(path.parent == tmp_path for path in moved.values())
     for name in names:
         kept = sorted(path.read_text() for path in tmp_path.glob(f"{name}.bak-*"))
         assert kept == ["run 0", "run 1", "run 2"]
@@ -125,13 +126,24 @@ def test_an_earlier_run_is_set_aside_completely_and_never_overwritten(tmp_path: 
     for name in ("tensorboard", "wandb"):
         assert sorted(p.read_text() for p in tmp_path.glob(f"{name}.bak-*/events")) == ["run 0", "run 1", "run 2"]
     assert (tmp_path / "notes.txt").read_text() == "of the user"
-    assert set_aside(tmp_path) == []
+    assert set_aside(tmp_path) == {}
 
 
-def test_tidy_makes_the_folder_and_removes_what_a_killed_run_left(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "run"
-    tidy(folder)
-    (folder / LATEST).write_text("")
-    (folder / f".{LATEST}.1.tmp").write_text("half")
-    tidy(folder)
-    assert [path.name for path in folder.iterdir()] == [LATEST]
+def test_tidy_removes_what_a_killed_run_left_and_nothing_of_others(tmp_path: Path) -> None:
+    others = (LATEST, ".draft.tmp", ".report.docx.tmp", "a.1-2.tmp", f".{LATEST}.1.tmp")
+    for name in (*others, f".{LATEST}.1-2.tmp"):
+        (tmp_path / name).write_text("half")
+    tidy(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(others)
+
+
+def test_what_was_set_aside_is_put_back(tmp_path: Path) -> None:
+    for name in (LATEST, FINAL):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "tensorboard").mkdir()
+    moved = set_aside(tmp_path)
+    (tmp_path / FINAL).write_text("new")
+    put_back(moved)
+    assert (tmp_path / LATEST).read_text() == LATEST
+    assert (tmp_path / FINAL).read_text() == "new", "nothing new is lost"
+    assert (tmp_path / "tensorboard").is_dir()

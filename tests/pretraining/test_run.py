@@ -97,7 +97,8 @@ def test_every_preset_from_the_command_line(
         f"Next:       {following}",
     ]
     assert "Traceback" not in captured.err
-    assert {p.name for p in folder.iterdir()} == {FINAL, LATEST, "progress.png", "pretraining.log", "tensorboard"}
+    visible = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
+    assert visible == {FINAL, LATEST, "progress.png", "pretraining.log", "tensorboard"}
 
     final = read_checkpoint(path)
     summary = final["pretraining"]
@@ -297,11 +298,11 @@ def test_continue_without_a_checkpoint_starts_and_says_so(
 ) -> None:
     folder = folder_of(tiny)
     folder.mkdir(parents=True)
-    (folder / f".{LATEST}.123.tmp").write_bytes(b"half a file")
+    (folder / f".{LATEST}.123-456.tmp").write_bytes(b"half a file")
     assert cli.main(command("--continue")) == 0
     assert "starting a new run" in caplog.text
     before = latest(folder)
-    (folder / f".{FINAL}.123.tmp").write_bytes(b"half a file")
+    (folder / f".{FINAL}.123-456.tmp").write_bytes(b"half a file")
     # a finished run is not trained further
     assert cli.main(command("--continue")) == 0
     assert equal(latest(folder), before)
