@@ -1,12 +1,14 @@
 """Does it learn, does it collapse: retrieval of the true correspondences and the geometry of the global vectors.
 
-Pure functions without parameters or random draws, for monitoring on held-out cases; none of them is trained.
+Pure functions without parameters or random draws, for monitoring on held-out cases; none of them is trained. `PANELS`
+registers every number of a run, these and the losses: how it is called, drawn and grouped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +16,48 @@ from torch.nn import functional
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.precision import autocast
+from pretraining.config import COMPONENTS
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Numbers that are drawn together.
+
+    Attributes:
+        label: Text at the vertical axis.
+        group: Prefix of the names in TensorBoard and Weights & Biases.
+        names: Key in the history -> name in the legend.
+        height: Relative to the other panels.
+        factor: The values are multiplied by it.
+        limits: Ends of the vertical axis; `None` fits them to the data.
+        log: Logarithmic axis; values that are not positive are left out.
+    """
+
+    label: str
+    group: str
+    names: Mapping[str, str]
+    height: int = 1
+    factor: float = 1.0
+    limits: tuple[float, float] | None = None
+    log: bool = False
+
+
+PANELS = (
+    Panel("loss", "loss", {name: name for name in ("total", *COMPONENTS)}, height=2),
+    Panel(
+        "keypoints (%)",
+        "keypoints",
+        {"matched": "matched", "recall_at_1": "recall at 1", "recall_at_5": "recall at 5"},
+        factor=100,
+        limits=(-2, 102),
+    ),
+    Panel("global vectors", "global", {"alignment": "alignment", "uniformity": "uniformity"}),
+    Panel("effective rank", "global", {"effective_rank": "effective rank"}),
+    Panel("learning rate", "optimiser", {"learning_rate": "learning rate"}, log=True),
+)
+"""Every number of a run: what a new metric has to be added to, so that it is drawn and tracked."""
+GROUPS = {name: panel.group for panel in PANELS for name in panel.names}
+"""Group of every number, by its key in the history."""
 
 
 def recall_hits(

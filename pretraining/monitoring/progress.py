@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +14,10 @@ from matplotlib.ticker import MaxNLocator
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
-from pretraining.config import COMPONENTS
+from pretraining.monitoring.metrics import PANELS, Panel
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes.
-
-    Attributes:
-        label: Text at the vertical axis.
-        names: Key in the history -> name in the legend.
-        height: Relative to the other panels.
-        factor: The values are multiplied by it.
-        limits: Ends of the vertical axis; `None` fits them to the data.
-        log: Logarithmic axis; values that are not positive are left out.
-    """
-
-    label: str
-    names: Mapping[str, str]
-    height: int = 1
-    factor: float = 1.0
-    limits: tuple[float, float] | None = None
-    log: bool = False
-
-
-PANELS = (
-    Panel("loss", {name: name for name in ("total", *COMPONENTS)}, height=2),
-    Panel(
-        "keypoints (%)",
-        {"matched": "matched", "recall_at_1": "recall at 1", "recall_at_5": "recall at 5"},
-        factor=100,
-        limits=(-2, 102),
-    ),
-    Panel("global vectors", {"alignment": "alignment", "uniformity": "uniformity"}),
-    Panel("effective rank", {"effective_rank": "effective rank"}),
-    Panel("learning rate", {"learning_rate": "learning rate"}, log=True),
-)
 
 Points = list[tuple[float, float]]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.config import COMPONENTS
+from pretraining.monitoring.metrics import GROUPS
 
 logger = logging.getLogger(__name__)
 
@@ -19,14 +19,6 @@ TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ENABLED = "nnUNet_wandb_enabled"
 WANDB_PROJECT = "nnUNet_wandb_project"
 WANDB_MODE = "nnUNet_wandb_mode"
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "loss": ("total", *COMPONENTS),
-    "keypoints": ("matched", "recall_at_1", "recall_at_5"),
-    "global": ("alignment", "uniformity", "effective_rank"),
-    "optimiser": ("learning_rate",),
-}
-"""Both tools draw the numbers with a common prefix together."""
 
 
 class Tracker(Protocol):
@@ -195,9 +187,8 @@ class WandbTracker:
 
 def tagged(record: Mapping[str, float]) -> dict[str, float]:
     """Name the finite numbers of a record by group, as in ``loss/total``; the epoch is not among them."""
-    groups = {name: group for group, names in GROUPS.items() for name in names}
     return {
-        f"{groups.get(name, 'other')}/{name}": float(value)
+        f"{GROUPS.get(name, 'other')}/{name}": float(value)
         for name, value in record.items()
         if name != "epoch" and math.isfinite(value)
     }

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.monitoring.metrics import alignment, effective_rank, recall_hits, uniformity
+from pretraining.config import COMPONENTS
+from pretraining.monitoring.metrics import GROUPS, PANELS, alignment, effective_rank, recall_hits, uniformity
+from pretraining.monitoring.monitor import MONITORED
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -302,3 +304,11 @@ def test_metrics_change_neither_their_input_nor_the_random_state() -> None:
     for tensor, copy in zip((first, second, valid, matches), copies, strict=True):
         assert torch.equal(tensor, copy)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_number_of_a_run_is_registered_once() -> None:
+    names = [name for panel in PANELS for name in panel.names]
+    assert len(names) == len(set(names))
+    assert set(MONITORED) <= set(names)
+    assert {"total", "matched", "learning_rate", *COMPONENTS} <= set(names)
+    assert GROUPS["uniformity"] == GROUPS["effective_rank"] == "global"
