@@ -251,11 +251,11 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         sizes = (self.num_iterations_per_epoch, self.num_val_iterations_per_epoch)
         counts = (processes - processes // 3, max(1, processes // 4))
         for number, loader, size, count in zip((TRAINING, VALIDATION), (train, validation), sizes, counts, strict=True):
-            batches = LabelledBatches(loader.data_loader, (self._seed(), number, self.local_rank))
+            batches = LabelledBatches(loader.data_loader, (self._known_seed(), number, self.local_rank))
             streams.append(Stream(batches, self.current_epoch * size, count, self.device.type == "cuda"))
         return streams[0], streams[1]
 
-    def _seed(self) -> int:
+    def _known_seed(self) -> int:
         assert self.semi_seed is not None, "initialize() draws it"
         return self.semi_seed
 
@@ -279,7 +279,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             geometry,
             self.strong_augmentation,
             self.cutmix_probability,
-            self._seed(),
+            self._known_seed(),
             share_of(total, self.local_rank, world_size),
             total,
             MEMORY // max(1, workers),
@@ -292,7 +292,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         super().on_train_epoch_start()
         self._step = self.current_epoch * self.num_iterations_per_epoch
         if get_allowed_n_proc_DA() == 0:
-            seed_everything((self._seed(), TRAINING, self.local_rank, self.current_epoch))
+            seed_everything((self._known_seed(), TRAINING, self.local_rank, self.current_epoch))
 
     def current_weight(self) -> float:
         """The weight of the unlabelled loss in this step: ramp-up (Laine and Aila, ICLR 2017) times the guard's."""

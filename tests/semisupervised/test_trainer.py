@@ -1,0 +1,226 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from low_label import trainers as study
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.plans import kaf_plans
+from semisupervised.trainer import nnUNetTrainerKAFSemi, nnUNetTrainerSemi
+
+BOTH = [nnUNetTrainerSemi, nnUNetTrainerKAFSemi]
+
+
+def losses(trainer):
+    logged = trainer.logger.local_logger.my_fantastic_logging
+    return [float(value) for key in ("train_losses", "val_losses") for value in logged[key]]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize(
+    ("dims", "channels", "style"), [(2, 1, "plain"), (2, 2, "ignore"), (3, 1, "plain"), (3, 2, "regions")]
+)
+def test_every_kind_of_dataset_trains(cls, dims, channels, style, make_dataset):
+    """The unlabelled cases' label files are folders: a training that opened one would fail."""
+    dataset = make_dataset(dims=dims, channels=channels, style=style)
+    trainer = dataset.trainer(cls)
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    record = json.loads((folder / "semi_unlabelled.json").read_text())
+    assert record["count"] == 3
+    assert set(record["cases"]) == {"p3", "p4", "p5"}
+    assert record["origin"] == "KAF_UNLABELLED=321"
+    history = json.loads((folder / "semi_training.json").read_text())
+    assert [epoch["epoch"] for epoch in history["epochs"]] == [0, 1]
+    assert all(np.isfinite(epoch["unlabelled_loss"]) and 0 <= epoch["sure"] <= 1 for epoch in history["epochs"])
+    assert (folder / "semi_progress.png").stat().st_size > 1000
+    assert "3 unlabelled images: KAF_UNLABELLED=321" in Path(trainer.log_file).read_text()
+    assert all(np.isfinite(losses(trainer)))
+
+
+def interrupted(trainer, epochs):
+    """Train until the start of an epoch, as if the process were killed there."""
+
+    class KilledError(Exception):
+        pass
+
+    begin = trainer.on_epoch_start
+
+    def on_epoch_start():
+        if trainer.current_epoch == epochs:
+            raise KilledError
+        begin()
+
+    trainer.on_epoch_start = on_epoch_start
+    with pytest.raises(KilledError):
+        trainer.run_training()
+
+
+@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_continued_training_has_the_same_losses_and_weights(cls, processes, make_dataset, monkeypatch):
+    dataset = make_dataset()
+    monkeypatch.setenv("nnUNet_n_proc_DA", str(processes))
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    whole = dataset.trainer(cls, num_epochs=3)
+    whole.run_training()
+
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    first = dataset.trainer(cls, num_epochs=3)
+    interrupted(first, 2)
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    second = dataset.trainer(cls, num_epochs=3)
+    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+    monkeypatch.setenv("KAF_UNLABELLED", "")  # the images are those of the checkpoint
+    second.run_training()
+    assert losses(second) == losses(whole)
+    assert same(second.network.state_dict().values(), whole.network.state_dict().values())
+    assert same(second._teacher.state_dict().values(), whole._teacher.state_dict().values())
+    assert second.semi_history == whole.semi_history
+
+
+def test_a_finished_model_validates_and_predicts_without_its_unlabelled_images(make_dataset, monkeypatch):
+    dataset = make_dataset()
+    trainer = dataset.trainer()
+    trainer.run_training()
+    checkpoint = str(Path(trainer.output_folder) / "checkpoint_final.pth")
+    for case in ("p3", "p4", "p5"):
+        (dataset.images / f"{case}.b2nd").unlink()
+    again = dataset.trainer()
+    again.load_checkpoint(checkpoint)
+    assert same(again.network.state_dict().values(), trainer.network.state_dict().values())
+    plain = dataset.trainer(nnUNetTrainer)
+    plain.load_checkpoint(checkpoint)
+    assert same(plain.network.state_dict().values(), trainer.network.state_dict().values())
+    again.current_epoch = 1
+    with pytest.raises(KAFError, match=r"3 unlabelled image\(s\) that this training began with are gone"):
+        again.on_train_start()
+
+
+def test_a_training_without_unlabelled_images_stops_before_it_starts(make_dataset, monkeypatch):
+    dataset = make_dataset()
+    monkeypatch.setenv("KAF_UNLABELLED", "")
+    for cls in BOTH:
+        trainer = dataset.trainer(cls)
+        with pytest.raises(KAFError, match=r"no unlabelled image for Dataset321_Small, 2d, fold 0.*KAF_UNLABELLED"):
+            trainer.run_training()
+        assert trainer.network is None
+
+
+def test_the_second_stage_of_a_cascade_is_refused(make_dataset):
+    dataset = make_dataset(dims=3)
+    for cls in BOTH:
+        with pytest.raises(KAFError, match=r"3d_cascade_fullres, the second stage of a cascade.*3d_lowres"):
+            dataset.trainer(cls, configuration="3d_cascade_fullres")
+
+
+def test_the_weight_grows_over_the_ramp_and_the_guard_lowers_it(make_dataset):
+    trainer = make_dataset().trainer(num_epochs=10, unlabelled_ramp=0.5, unlabelled_weight=2.0)
+    trainer.initialize()
+    weights = []
+    for step in range(31):
+        trainer._step = step
+        weights.append(trainer.current_weight())
+    assert weights[0] == pytest.approx(2 * np.exp(-5))
+    assert weights == sorted(weights)
+    assert weights[15:] == [2.0] * 16
+    trainer._guard.factor = 0.25
+    assert trainer.current_weight() == 0.5
+
+
+def test_a_collapse_is_said_in_the_log_and_lowers_the_weight(make_dataset):
+    trainer = make_dataset().trainer(num_epochs=3, unlabelled_ramp=0.0)
+    trainer.on_train_start()
+    trainer._guard.largest, trainer._guard.best = [0.5, 0.5], 0.0
+    trainer.on_train_epoch_start()
+    background = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
+    trainer._sums.add_pseudo_labels(background, background == 0)
+    trainer.on_train_epoch_end([{"loss": np.array(1.0)}])
+    assert "WARNING: class 1 vanishes from the pseudo-labels" in Path(trainer.log_file).read_text()
+    assert trainer.current_weight() == 0.5
+    assert len(trainer.semi_history[0]["collapse"]) == 2
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_the_final_checkpoint_holds_the_weights_that_predict(which, make_dataset):
+    trainer = make_dataset().trainer(predict_with=which, teacher_decay=0.9)
+    trainer.run_training()
+    final = torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=False)
+    teacher = final["optimizer_state"]["semisupervised"]["teacher"]
+    equal = same(final["network_weights"].values(), teacher.values())
+    assert equal == (which == "teacher")
+
+
+def test_every_training_step_learns_from_the_unlabelled_patches_too(make_dataset):
+    gradients, dataset = [], make_dataset()
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        trainer = dataset.trainer(unlabelled_weight=weight, unlabelled_ramp=0.0, confidence_threshold=0.0)
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+        trainer.train_step(next(trainer.dataloader_train))
+        gradients.append(trainer.network.encoder.stages[0][0].convs[0].conv.weight.grad.clone())
+    assert not torch.allclose(*gradients)
+
+
+def test_kaf_plans_and_the_pretrained_start_are_those_of_the_kaf_trainer(make_dataset):
+    dataset = make_dataset()
+    trainer = dataset.trainer(nnUNetTrainerKAFSemi)
+    trainer.on_train_start()
+    assert type(trainer.network).__name__ == "KAFUNet"
+    assert (Path(trainer.output_folder) / "kaf_initialization.json").is_file()
+    plain = dataset.trainer(nnUNetTrainerSemi)
+    plain.on_train_start()
+    assert type(plain.network).__name__ == "PlainConvUNet"
+    (dataset.folder / "nnUNetPlans.json").write_text(json.dumps(kaf_plans(dataset.plans)))
+    explicit = dataset.trainer(nnUNetTrainerKAFSemi, plans=kaf_plans(dataset.plans))
+    explicit.on_train_start()
+    assert type(explicit.network).__name__ == "KAFUNet"
+
+
+def test_the_studies_mixin_fits_and_labelled_batches_are_paired_with_plain_nnunet(make_dataset, tmp_path):
+    file = tmp_path / "study_trainers_semi.py"
+    source = Path(study.__file__).read_text()
+    options = "epochs, iterations, validation_iterations, seeds = 2, 3, 1, (7,)"
+    file.write_text(
+        f"{source}\n"
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "from semisupervised.trainer import nnUNetTrainerKAFSemi, nnUNetTrainerSemi\n"
+        f"class Plain(Study, nnUNetTrainer):\n    {options}\n"
+        f"class Semi(Study, nnUNetTrainerSemi):\n    {options}\n    attributes = {{'teacher_decay': 0.5}}\n"
+        f"class KAFSemi(Study, nnUNetTrainerKAFSemi):\n    {options}\n    warmup_epochs = 1\n"
+    )
+    spec = importlib.util.spec_from_file_location("study_trainers_semi", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    dataset = make_dataset()
+    seen = {}
+    for name in ("Plain", "Semi", "KAFSemi"):
+        trainer = dataset.trainer(getattr(module, name))
+        trainer.num_epochs = 2
+        seen[name] = []
+        step = trainer.train_step
+
+        def watched(batch, step=step, batches=seen[name]):
+            batches.append(batch["data"].clone())
+            return step(batch)
+
+        trainer.train_step = watched
+        trainer.run_training()
+        if name == "Semi":
+            assert trainer._teacher.decay == 0.5
+    for name in ("Semi", "KAFSemi"):
+        for ours, plain in zip(seen[name], seen["Plain"], strict=True):
+            torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
