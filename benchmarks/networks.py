@@ -53,9 +53,9 @@ ARMS: dict[str, tuple[KAFConfig, str] | None] = {
     "plain": None,
     "kaf": (KAFConfig(), "auto"),
     "kaf_checkpointing": (KAFConfig(activation_checkpointing=True), "auto"),
-    "paper": (KAFConfig.paper(), "auto"),
-    "paper_sparse": (KAFConfig.paper(), "sparse"),
-    "paper_dense": (KAFConfig.paper(), "dense"),
+    "paper": (KAFConfig.paper_code(), "auto"),
+    "paper_sparse": (KAFConfig.paper_code(), "sparse"),
+    "paper_dense": (KAFConfig.paper_code(), "dense"),
 }
 """The layers, and how the fusion's convolutions are evaluated (see `Diffusion`); None = the plan's own network."""
 PAPER_ARMS = ("paper", "paper_sparse", "paper_dense")

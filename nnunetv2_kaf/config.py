@@ -113,15 +113,20 @@ class KAFConfig:
 
     @classmethod
     def paper(cls, **overrides: Any) -> KAFConfig:
-        """The paper's layer: D = 256, 18 blocks, conv 256 -> 64 -> C, concatenation (NeurIPS 2023, section 3.1)."""
+        """The paper's layer: D = 256, 9 blocks, conv 256 -> 64 -> C, concatenation (NeurIPS 2023, section 3.1)."""
         paper: dict[str, Any] = {
             "token_dim": 256,
-            "num_blocks": 18,
+            "num_blocks": 9,
             "position_hidden": (32, 64, 128, 256),
             "fusion": "concat",
             "diffusion_channels": 64,
         }
         return cls(**{**paper, **overrides})
+
+    @classmethod
+    def paper_code(cls, **overrides: Any) -> KAFConfig:
+        """The layer of the paper's code, which runs each of its 9 blocks twice on the same points: 18 blocks."""
+        return cls.paper(**{"num_blocks": 18, **overrides})
 
     def planned(self, patch_size: Sequence[int], n_stages: int, finest_level: int = FINEST_LEVEL) -> KAFConfig:
         """These layers as plans have them: one keypoint per 128 voxels at most, and the levels by their numbers.

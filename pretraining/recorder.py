@@ -27,7 +27,7 @@ from pretraining.checkpoint import (
 from pretraining.config import PretrainConfig
 from pretraining.loop import TrainingState
 from pretraining.monitoring.logfile import log_file
-from pretraining.monitoring.monitor import Monitor
+from pretraining.monitoring.monitor import Monitor, collapse_warning, collapsed
 from pretraining.monitoring.progress import plot_progress
 from pretraining.monitoring.tracking import Tracker, check_trackers, open_trackers
 from pretraining.pairs.loader import PairLoader
@@ -72,8 +72,14 @@ class Recorder:
         """Evaluate the model on the held-out pairs: value by name of the metric."""
         return {}
 
-    def record(self, history: list[dict[str, float]], epochs: int) -> None:
-        """Show the last entry of the history, of a run of so many epochs."""
+    def record(self, history: list[dict[str, float]], epochs: int, pairs: int) -> None:
+        """Show the last entry of the history.
+
+        Args:
+            history: One record before training and one per epoch.
+            epochs: Of the whole run.
+            pairs: That are contrasted with each other, over all processes.
+        """
 
     def save(self, state: TrainingState, config: PretrainConfig, identity: Mapping[str, Any]) -> None:
         """Write the checkpoint that a run is continued from."""
@@ -149,11 +155,15 @@ class FolderRecorder(Recorder):
         """See `Recorder`."""
         return self._monitor.evaluate(state.model, dtype)
 
-    def record(self, history: list[dict[str, float]], epochs: int) -> None:
-        """See `Recorder`: into the log, the plot and the trackers."""
+    def record(self, history: list[dict[str, float]], epochs: int, pairs: int) -> None:
+        """See `Recorder`: into the log, the plot and the trackers; warns of collapsed losses."""
         values = {name: value for name, value in history[-1].items() if name != "epoch"}
         epoch = round(history[-1]["epoch"])
         logger.info("epoch %d/%d: %s", epoch, epochs, " ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        stuck = collapsed(history, pairs)
+        # Once when it shows, and once at the end, where it is read.
+        if stuck and (not collapsed(history[:-1], pairs) or epoch == epochs):
+            logger.warning(collapse_warning(stuck, pairs))
         if self._tracker is None:
             self._waiting.append((list(history), epochs))
         else:

@@ -177,7 +177,7 @@ class _Run:
         """Measure on the held-out pairs, and add the record to the history."""
         state = self.trainer.state
         state.history.append({**record, **self.recorder.measure(state, self.trainer.dtype)})
-        self.recorder.record(state.history, self.trainer.config.epochs)
+        self.recorder.record(state.history, self.trainer.config.epochs, self.loader.batch_size)
 
 
 def _batch_size(task: Task, config: PretrainConfig) -> int:

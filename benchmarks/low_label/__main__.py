@@ -29,7 +29,7 @@ through `KAF_PRETRAINED`, encoder only.
 **Config.** One JSON file; a mistake is reported with its key. `comment` and, once there are test results, `conclusion`
 stand beside the table. `labelled`, `draws`, `epochs` x `iterations`, `mirror_predictions` (false: no test-time
 augmentation, for speed); `tasks`: a raw dataset, its configuration, `batch_size`, `downsample` in the plane,
-`validation_patients`, `patient_pattern`; `arms`, each with
+`patch_size`, `features` of the first stage, `n_stages`, `validation_patients`, `patient_pattern`; `arms`, each with
 
 - `trainer`: plain, kaf or primus (3D only); `planner`: another planner of nnU-Net, such as nnUNetPlannerResEncM;
 - `kaf`: options of the plans' kaf block; `pretraining`: options of kaf-pretrain, `preset` among them, or null;

@@ -38,6 +38,14 @@ _TASK = {
     "configuration": Rule((str,), "an nnU-Net configuration, such as 2d or 3d_fullres"),
     "batch_size": Rule((int, type(None)), "a whole number of at least 2, or null", lambda v: v is None or v >= 2, None),
     "downsample": whole(1, 1),
+    "patch_size": Rule(
+        (list, type(None)),
+        "whole numbers of at least 8, one per axis, or null",
+        lambda v: v is None or (len(v) in (2, 3) and all(type(n) is int and n >= 8 for n in v)),
+        None,
+    ),
+    "features": Rule((int, type(None)), "a whole number of at least 4, or null", lambda v: v is None or v >= 4, None),
+    "n_stages": Rule((int, type(None)), "a whole number of at least 2, or null", lambda v: v is None or v >= 2, None),
     "validation_patients": whole(1, 5),
     "patient_pattern": Rule(
         (str,),
@@ -89,6 +97,9 @@ class Task:
     configuration: str
     batch_size: int | None
     downsample: int
+    patch_size: list[int] | None
+    features: int | None
+    n_stages: int | None
     validation_patients: int
     patient_pattern: str
 

@@ -12,7 +12,7 @@ from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import kaf_plans, resolve_configuration
 
-from .config import PLANNER
+from .config import PLANNER, Task
 from .layout import Layout
 
 PLAIN = "nnUNetPlans"
@@ -27,7 +27,7 @@ def write(layout: Layout) -> None:
     """Write the plans of every arm next to nnU-Net's."""
     plain, configuration = _read(layout, PLANNER), layout.task.configuration
     for arm in layout.arms:
-        plans = same_batch(_read(layout, arm.planner), plain, configuration, layout.task.batch_size)
+        plans = same_batch(_read(layout, arm.planner), plain, configuration, layout.task)
         if arm.trainer == "kaf":
             network = resolve_configuration(plans, configuration)
             stages = network["architecture"]["arch_kwargs"]["n_stages"]
@@ -44,39 +44,73 @@ def kaf_config(options: Mapping[str, Any], patch_size: Sequence[int], n_stages: 
     return replace(planned, num_keypoints=options.get("num_keypoints", planned.num_keypoints))
 
 
-def same_batch(
-    plans: Mapping[str, Any], plain: Mapping[str, Any], configuration: str, batch_size: int | None
-) -> dict[str, Any]:
-    """Return plans with one configuration, whose batch is that of the study and whose patch is that of plain nnU-Net.
+def same_batch(plans: Mapping[str, Any], plain: Mapping[str, Any], configuration: str, task: Task) -> dict[str, Any]:
+    """Return plans with one configuration, with the batch and the patch that all arms of a task share.
 
     Args:
         plans: of the arm's planner.
         plain: of nnU-Net's default planner.
         configuration: what is trained.
-        batch_size: of the study; None is that of `plain`.
+        task: its batch, patch, width and depth; None is what `plain`, or the arm's own planner, has.
 
     Raises:
         KAFError: the planner preprocesses in another way, or its network cannot pool the patch.
     """
     ours, theirs = resolve_configuration(plans, configuration), resolve_configuration(plain, configuration)
+    ours = resized(ours, task)
     if ours["data_identifier"] != theirs["data_identifier"]:
         raise KAFError(
             f"planner of {plans['plans_name']}: found the data identifier {ours['data_identifier']}, expected that of "
             f"nnU-Net's default planner, {theirs['data_identifier']}: all arms share their data. Use another planner."
         )
-    patch = theirs["patch_size"]
+    patch = task.patch_size or theirs["patch_size"]
+    if len(patch) != len(theirs["patch_size"]):
+        raise KAFError(
+            f"tasks.{task.name}.patch_size: found {patch}, expected {len(theirs['patch_size'])} numbers for "
+            f"{configuration}. Correct it."
+        )
     pooling = [math.prod(stride) for stride in zip(*ours["architecture"]["arch_kwargs"]["strides"], strict=True)]
     if any(n % p for n, p in zip(patch, pooling, strict=True)):
         raise KAFError(
-            f"{plans['plans_name']}: its network pools by {pooling}, which does not divide the patch {patch} of "
-            "nnU-Net's default planner, which all arms share. Use another planner."
+            f"{plans['plans_name']}: its network pools by {pooling}, which does not divide the patch {patch} "
+            "that all arms share. Use another planner, patch_size or n_stages."
         )
     changed = {
         "patch_size": patch,
-        "batch_size": batch_size or theirs["batch_size"],
+        "batch_size": task.batch_size or theirs["batch_size"],
         "batch_dice": theirs["batch_dice"],
     }
     return {**plans, "configurations": {configuration: {**ours, **changed}}}
+
+
+def resized(configuration: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Return a configuration whose network has the task's width and depth: its first stages, features from that width.
+
+    Args:
+        configuration: resolved, with the network of a planner.
+        task: `features` of the first stage, doubled from stage to stage up to the planner's maximum, and `n_stages`.
+
+    Raises:
+        KAFError: the planner's network has fewer stages.
+    """
+    if task.features is None and task.n_stages is None:
+        return dict(configuration)
+    architecture = configuration["architecture"]
+    given = architecture["arch_kwargs"]
+    planned, widths = given["n_stages"], given["features_per_stage"]
+    count = task.n_stages or planned
+    if count > planned:
+        raise KAFError(
+            f"tasks.{task.name}.n_stages: found {count}, but the planner's network has {planned} stages. Lower it."
+        )
+    first = task.features or widths[0]
+    kwargs = {**given, "n_stages": count, "features_per_stage": [min(first * 2**i, widths[-1]) for i in range(count)]}
+    for name, value in given.items():
+        if isinstance(value, list) and len(value) == planned and name != "features_per_stage":
+            kwargs[name] = value[:count]
+        elif isinstance(value, list) and len(value) == planned - 1:
+            kwargs[name] = value[: count - 1]
+    return {**configuration, "architecture": {**architecture, "arch_kwargs": kwargs}}
 
 
 def _read(layout: Layout, planner: str) -> dict[str, Any]:

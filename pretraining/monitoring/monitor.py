@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from pretraining.pairs.batch import Batch
 from pretraining.pairs.loader import PairLoader
 
 MONITORED = ("recall_at_1", "recall_at_5", "alignment", "uniformity", "effective_rank")
+GLOBAL_LOSSES = ("bottleneck", "keypoints")
+COLLAPSE_MARGIN = 0.05
+"""A global loss less than this under log(2B - 1) has not left collapse."""
 PAIRS = 16
 PAIRS_AT_ONCE = 4
 STREAM = 1
@@ -44,6 +48,39 @@ def hold_out(
     chosen = {names[i] for i in np.random.default_rng([seed, STREAM]).permutation(len(names))[:count]}
     training = {name: cases for name, cases in patients.items() if name not in chosen}
     return training, {name: cases for name, cases in patients.items() if name in chosen}
+
+
+def collapsed(history: Sequence[Mapping[str, float]], pairs: int) -> dict[str, float]:
+    """Global losses that have stayed at their value for collapsed embeddings, log(2B - 1), for two epochs.
+
+    Args:
+        history: One record per epoch, after one of the untrained network.
+        pairs: B, pairs that are contrasted with each other.
+
+    Returns:
+        The last value of each such loss by its name; empty while there are less than two epochs.
+    """
+    if pairs < 2 or len(history) < 3:
+        return {}
+    limit = math.log(2 * pairs - 1) - COLLAPSE_MARGIN
+    names = [name for name in GLOBAL_LOSSES if name in history[-1]]
+    return {n: history[-1][n] for n in names if min(record.get(n, 0.0) for record in history[-2:]) > limit}
+
+
+def collapse_warning(losses: Mapping[str, float], pairs: int) -> str:
+    """What collapsed losses mean, and what to do.
+
+    Args:
+        losses: From `collapsed`.
+        pairs: B.
+    """
+    values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    return (
+        f"Global loss at collapse: {values}; expected clearly less than log(2B - 1) = {math.log(2 * pairs - 1):.3f} "
+        f"for B = {pairs} pairs a batch, the value of embeddings that are all alike. The encoder learns nothing "
+        "from it. Use views that are easier to tell apart (--mirror 0, a smaller --rotation, --scale-min and "
+        "--scale-max nearer to 1, --elastic 0, --across 0), more pairs (--batch-size), or --positives simclr."
+    )
 
 
 class Monitor:

@@ -11,21 +11,40 @@ from torch.nn import functional
 from nnunetv2_kaf.attention import SelfBlock, attention_mask
 
 
+def pool_grid(features: Tensor, cells: int) -> Tensor:
+    """Average a map over a coarse grid, which keeps where something is: (N, C, *S) -> (N, C * G).
+
+    After instance normalisation the average of a channel over the whole map is nearly the same in every sample; what
+    differs is where the channel is active.
+
+    Args:
+        features: Map of any spatial shape; on an axis with fewer voxels than cells, cells share voxels.
+        cells: Grid cells along each of the D axes, G = cells ** D. 1 averages everything.
+    """
+    pool = functional.adaptive_avg_pool2d if features.ndim == 4 else functional.adaptive_avg_pool3d
+    pooled: Tensor = pool(features, cells)
+    return pooled.flatten(1)
+
+
 class GlobalHead(nn.Sequential):
     """Two-layer MLP from a vector to a global embedding: (N, C) -> (N, E).
 
     Deviation from the paper: a LayerNorm in front. The average of instance-normalised, rectified maps is nearly the
     same constant in every channel and sample; without it all embeddings start as one point and the bottleneck's loss
     can stay at its value for collapse, log(2B - 1).
+
+    Args:
+        in_features: C.
+        hidden: Width of the hidden layer.
+        out_features: E.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        """Build with a hidden width of ``in_features``."""
+    def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
         super().__init__(
             nn.LayerNorm(in_features),
-            nn.Linear(in_features, in_features),
+            nn.Linear(in_features, hidden),
             nn.ReLU(inplace=True),
-            nn.Linear(in_features, out_features),
+            nn.Linear(hidden, out_features),
         )
 
 

@@ -196,7 +196,9 @@ class PretrainingLoss(nn.Module):
         return losses
 
     def _positives(self, positions: Tensor) -> Tensor:
-        """Return the positive mask of all ranks' views."""
+        """Positive mask of all ranks' views."""
+        if self.config.position_axes == "first":
+            positions = positions[:, :1]
         if self.config.positives == "simclr":
             return simclr_positives(positions.shape[0], positions.device)
         if self.config.positives == "gcl":

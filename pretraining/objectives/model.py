@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,7 +14,7 @@ from nnunetv2_kaf.coordinates import voxel_index
 from nnunetv2_kaf.encoder import KAFEncoder
 from nnunetv2_kaf.keypoints import Keypoints
 from pretraining.config import PretrainConfig
-from pretraining.objectives.heads import DescriptorHead, GlobalHead, Matcher, masked_mean
+from pretraining.objectives.heads import DescriptorHead, GlobalHead, Matcher, masked_mean, pool_grid
 
 
 class Embeddings(NamedTuple):
@@ -51,12 +52,18 @@ class PretrainingModel(nn.Module):
         self.encoder = encoder
         widths: list[int] = encoder.output_channels  # type: ignore[assignment]
         losses = config.components
-        self.bottleneck_head = GlobalHead(widths[-1], config.projection_dim) if "bottleneck" in losses else None
+        self.cells = config.pooling_grid
+        pooled = widths[-1] * self.cells ** convert_conv_op_to_dim(encoder.conv_op)
+        self.bottleneck_head = GlobalHead(pooled, widths[-1], config.projection_dim) if "bottleneck" in losses else None
         self.descriptor_head: DescriptorHead | None = None
         if isinstance(encoder, KAFEncoder) and losses.keys() - {"bottleneck"}:
             token_dims = [encoder.config.token_dim] * len(encoder.kaf_levels)
             self.descriptor_head = DescriptorHead(token_dims, config.descriptor_dim)
-        self.keypoint_head = GlobalHead(config.descriptor_dim, config.projection_dim) if "keypoints" in losses else None
+        self.keypoint_head = (
+            GlobalHead(config.descriptor_dim, config.descriptor_dim, config.projection_dim)
+            if "keypoints" in losses
+            else None
+        )
         self.matcher = (
             Matcher(config.descriptor_dim, config.transport_layers, num_heads=4) if "transport" in losses else None
         )
@@ -72,7 +79,7 @@ class PretrainingModel(nn.Module):
         skips, tokens = self._encode(views, coords, valid)
         bottleneck = keypoints = descriptors = matching = dustbin = None
         if self.bottleneck_head is not None:
-            bottleneck = self.bottleneck_head(skips[-1].flatten(2).mean(2))
+            bottleneck = self.bottleneck_head(pool_grid(skips[-1], self.cells))
         if self.descriptor_head is not None:
             descriptors = self.descriptor_head(tokens)
         if self.keypoint_head is not None and descriptors is not None:
@@ -90,7 +97,7 @@ class PretrainingModel(nn.Module):
         Without a descriptor head, a point is described by the features of all encoder levels at its voxel.
         """
         skips, tokens = self._encode(views, coords, valid)
-        pooled = skips[-1].flatten(2).mean(2)
+        pooled = pool_grid(skips[-1], self.cells)
         if self.bottleneck_head is not None:
             pooled = self.bottleneck_head(pooled)
         if self.descriptor_head is not None:

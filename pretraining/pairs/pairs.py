@@ -20,7 +20,8 @@ class Side:
         shape: spatial shape of the image that is cropped: a slice (2 values) or a volume (3).
         centre: centre of the crop in source voxels, array order, voxel centres at integers (D values).
         slice_index: the slice along the first axis of the volume in 2D, ``None`` in 3D.
-        position: normalised position along the volume in [0, 1]; one value (slice axis) in 2D, three in 3D.
+        position: normalised position of the centre in the volume, (z, y, x) in [0, 1]; also in 2D, where patches show
+            a part of the slice.
     """
 
     case: str
@@ -84,7 +85,8 @@ def sample_pair(
     if dims == 2:
         depths = (volume_shapes[0][0], volume_shapes[1][0])
         indices = _slices(*depths, slice_distance, cases[0] == cases[1], generator)
-        positions = [_position((z,), (depth,)) for z, depth in zip(indices, depths, strict=True)]
+        places = zip(indices, centres, depths, shapes, strict=True)
+        positions = [_position((z, *centre), (depth, *shape)) for z, centre, depth, shape in places]
     else:
         positions = [_position(centre, shape) for centre, shape in zip(centres, shapes, strict=True)]
     first, second = (Side(*values) for values in zip(cases, shapes, centres, indices, positions, strict=True))

@@ -15,9 +15,10 @@ def test_json_round_trip(config: KAFConfig) -> None:
 
 def test_paper_preset_has_the_papers_widths_and_depths() -> None:
     paper = KAFConfig.paper()
-    assert (paper.token_dim, paper.num_blocks, paper.num_heads, paper.mlp_ratio) == (256, 18, 4, 2.0)
+    assert (paper.token_dim, paper.num_blocks, paper.num_heads, paper.mlp_ratio) == (256, 9, 4, 2.0)
     assert (paper.position_hidden, paper.fusion, paper.diffusion_channels) == ((32, 64, 128, 256), "concat", 64)
     assert KAFConfig.paper(num_blocks=12).num_blocks == 12
+    assert KAFConfig.paper_code() == KAFConfig.paper(num_blocks=18)
 
 
 def test_plans_name_their_levels_without_full_resolution_and_the_bottleneck() -> None:

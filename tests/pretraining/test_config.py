@@ -62,8 +62,24 @@ def test_presets() -> None:
         assert config.components == {"bottleneck": 1.0}
         assert config.positives == preset
     assert PretrainConfig.from_preset("simclr", {"positives": "pcl"}).positives == "pcl"
-    with pytest.raises(KAFError, match="--preset is 'moco'; expected one of kaf, simclr"):
+    with pytest.raises(KAFError, match="--preset is 'moco'; expected one of kaf, paper, simclr"):
         PretrainConfig.from_preset("moco", {})
+
+
+def test_the_paper_preset_is_the_recipe_as_published() -> None:
+    """NeurIPS 2023: total (1, 1, 0.01) of PCL on bottleneck and keypoints and of the transport loss."""
+    paper = PretrainConfig.from_preset("paper", {})
+    assert paper.components == {"bottleneck": 1.0, "keypoints": 1.0, "transport": 0.01}
+    assert (paper.optimizer, paper.learning_rate, paper.momentum, paper.weight_decay) == ("sgd", 0.002, 0.9, 1e-5)
+    assert (paper.batch_size, paper.epochs, paper.sinkhorn_iterations, paper.temperature) == (32, 51, 100, 0.1)
+    assert (paper.positives, paper.position_axes, paper.pooling_grid, paper.position_threshold) == (
+        "pcl",
+        "first",
+        1,
+        0.1,
+    )
+    assert (paper.mirror, paper.spatial, paper.scale_min, paper.scale_max) == (0.5, 0.67, 0.7, 1.3)
+    assert (paper.transport_matched, paper.transport_unmatched, paper.across) == (0.45, 1.0, 0.0)
 
 
 def test_differences_ignore_what_does_not_change_the_result() -> None:

@@ -38,8 +38,8 @@ class Small(nn.Module):
         super().__init__()
         losses = config.components
         self.descriptors = DescriptorHead([4], WIDTH)
-        self.bottleneck = GlobalHead(5, WIDTH) if "bottleneck" in losses else None
-        self.keypoints = GlobalHead(WIDTH, WIDTH) if "keypoints" in losses else None
+        self.bottleneck = GlobalHead(5, 5, WIDTH) if "bottleneck" in losses else None
+        self.keypoints = GlobalHead(WIDTH, WIDTH, WIDTH) if "keypoints" in losses else None
         self.matcher = Matcher(WIDTH, 1) if "transport" in losses else None
 
     def forward(self, vectors: Tensor, tokens: Tensor, valid: Tensor) -> Embeddings:

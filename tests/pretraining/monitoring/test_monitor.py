@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretraining.config import PretrainConfig
-from pretraining.monitoring.monitor import MONITORED, STREAM, Monitor, hold_out
+from pretraining.monitoring.monitor import MONITORED, STREAM, Monitor, collapse_warning, collapsed, hold_out
 from pretraining.pairs.loader import PairLoader
 from pretraining.run import build_state
 from pretraining.task import resolve_task
@@ -39,6 +39,19 @@ def test_patients_of_further_sources_are_held_out_first() -> None:
         assert len(held_out) == 1
         assert set(held_out) <= set(unlabelled)
     assert len(hold_out({**patients(60), "folder-1/p": ("folder-1/p",)}, 0)[1]) == 3
+
+
+def test_a_global_loss_that_stays_at_collapse_for_two_epochs_is_named() -> None:
+    start, stuck, learns = {"epoch": 0.0}, {"bottleneck": math.log(15), "local": 9.0}, {"bottleneck": 2.3}
+    assert collapsed([start, stuck, {"bottleneck": 2.68}], 8) == {"bottleneck": 2.68}
+    assert collapsed([start, stuck], 8) == {}, "one epoch is a start"
+    assert collapsed([start, stuck, learns], 8) == collapsed([start, learns, stuck], 8) == {}
+    assert collapsed([start, learns, stuck, stuck], 8) == {"bottleneck": math.log(15)}
+    assert collapsed([start, {"keypoints": 0.0}, {"keypoints": 0.0}], 1) == {}, "one pair has no negatives"
+    text = collapse_warning({"bottleneck": 2.7}, 8)
+    assert all(
+        part in text for part in ("bottleneck 2.700", "log(2B - 1) = 2.708", "B = 8", "--mirror 0", "--batch-size")
+    )
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])

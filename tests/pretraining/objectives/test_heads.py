@@ -26,7 +26,7 @@ def views(dtype: torch.dtype = DOUBLE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_global_head_and_descriptor_head_shapes() -> None:
-    assert GlobalHead(6, 3)(torch.randn(4, 6)).shape == (4, 3)
+    assert GlobalHead(6, 4, 3)(torch.randn(4, 6)).shape == (4, 3)
     tokens = [torch.randn(2, 5, 4), torch.randn(2, 5, 7)]
     head = DescriptorHead([4, 7], 3)
     torch.testing.assert_close(head(tokens), head.projection(torch.cat(tokens, 2)))

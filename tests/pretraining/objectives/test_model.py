@@ -106,7 +106,7 @@ def test_no_keypoints(tiny: Any) -> None:
 
 
 def test_every_preset_builds(tiny: Any) -> None:
-    assert set(PRESETS) == {"kaf", "simclr", "gcl", "pcl"}
+    assert set(PRESETS) == {"kaf", "paper", "simclr", "gcl", "pcl"}
     for preset in PRESETS:
         state, patch = build("2d", preset)
         assert torch.isfinite(state.model(*inputs(patch)).bottleneck).all()

@@ -34,7 +34,9 @@ def test_neighbouring_slices(depth: int, reach: int) -> None:
         assert pair.second.slice_index is not None
         distances.add(abs(pair.first.slice_index - pair.second.slice_index))
         slices |= {pair.first.slice_index, pair.second.slice_index}
-        assert pair.first.position == ((pair.first.slice_index + 0.5) / depth,)
+        assert pair.first.position[0] == (pair.first.slice_index + 0.5) / depth
+        in_plane = zip(pair.first.position[1:], pair.first.centre, (20, 30), strict=True)
+        assert all(share == pytest.approx((centre + 0.5) / size) for share, centre, size in in_plane)
         assert not pair.known_transform
     assert distances == set(range(1, reach + 1))
     assert min(slices) >= 0
@@ -45,7 +47,7 @@ def test_single_slice_gives_two_views_of_it() -> None:
     pair = draw((1, 20, 30), (16, 16))
     assert pair.first.slice_index == pair.second.slice_index == 0
     assert pair.known_transform
-    assert pair.first.position == (0.5,)
+    assert pair.first.position[0] == 0.5
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 30, 30), (5, 40, 9), (200, 100, 150)])

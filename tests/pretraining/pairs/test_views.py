@@ -7,7 +7,7 @@ from pretraining.pairs.views import draw_view
 
 
 def test_draws_are_in_their_ranges_and_come_from_the_generator() -> None:
-    config = PretrainConfig(spatial=1.0)
+    config = PretrainConfig(spatial=1.0, mirror=0.5, scale_min=0.7, scale_max=1.3)
     one, two = (draw_view((9.5, 9.5), (16, 12), (1, 1), 2, config, np.random.default_rng(5)) for _ in range(2))
     assert (one.scale, one.gamma, one.noise_seed) == (two.scale, two.gamma, two.noise_seed)
     many = [draw_view((9.5, 9.5), (16, 12), (1, 1), 2, config, np.random.default_rng(s)) for s in range(200)]
