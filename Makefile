@@ -18,7 +18,7 @@ help: ## Show this list
 	@echo "  make demo DATA=/path/to/Dataset123_Name CONFIG=2d DEVICE=cuda OUTPUT=demo_output"
 	@echo "  make test PYTEST='-m \"not integration\"'"
 
-demo: $(VENV)/.installed ## Plan, pretrain, train, predict and evaluate, on phantoms or on DATA=<nnU-Net raw dataset folder>
+demo: $(VENV)/.installed ## Plan, pretrain, train, predict, evaluate and report, on phantoms or on DATA=<nnU-Net raw dataset folder>
 	@$(BIN)/python examples/demo.py --data "$(DATA)" --configuration $(CONFIG) --device $(DEVICE) --output "$(OUTPUT)"
 
 test: lint ## Lint, type check and run all tests

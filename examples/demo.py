@@ -102,12 +102,17 @@ def build_steps(settings: Settings) -> list[Step]:
     workers = ("-npp", "0", "-nps", "0") if device == "cpu" else ("-npp", "2", "-nps", "2")
     references = ("-djfile", str(settings.model / "dataset.json"), "-pfile", str(settings.model / "plans.json"))
     evaluate = ("nnUNetv2_evaluate_folder", str(settings.raw / "labelsTs"), predictions, *references, "-np", "2")
+    images, labels = str(settings.raw / "imagesTs"), str(settings.raw / "labelsTs")
+    inside = ("kaf-report", str(settings.model), "-i", images, "-l", labels, "-o", str(settings.run / "report"))
+    learned = ("kaf-report", str(pretraining), "-o", str(settings.run / "report_pretraining"))
     return [
         Step("plan", (*plan, "--verify_dataset_integrity", "-npfp", "2", "-np", "2")),
         Step("pretrain", pretrain, continue_pretraining),
         Step("train", train, continue_training),
         Step("predict", (*predict, "-f", FOLD, "-device", device, *workers)),
         Step("evaluate", evaluate),
+        Step("report_pretraining", (*learned, "--device", device)),
+        Step("report", (*inside, "--device", device)),
     ]
 
 
@@ -186,12 +191,14 @@ def run_step(number: int, step: Step, settings: Settings) -> None:
 
 
 def report(settings: Settings) -> None:
-    """Print the Dice table, draw the picture and list what was made."""
+    """Print the Dice table, draw the picture and list what was made, the reports to open first."""
     script = Path(__file__).with_name("demo_report.py")
     picture = settings.run / "picture.png"
     folders = (settings.model, settings.raw, settings.run / "predictions", picture)
     subprocess.run([sys.executable, script, *folders], env=environment(settings.output), check=True)
     made = {
+        "report": settings.run / "report" / "report.html",
+        "": settings.run / "report_pretraining" / "report.html",
         "picture": picture,
         "predictions": settings.run / "predictions",
         "scores": settings.run / "predictions" / "summary.json",
@@ -241,7 +248,9 @@ def run(data: str, configuration: str, device: str, output: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Plan, pretrain, train, predict and evaluate on one dataset.")
+    parser = argparse.ArgumentParser(
+        description="Plan, pretrain, train, predict, evaluate and look inside, on one dataset."
+    )
     parser.add_argument("--data", default="", help="nnU-Net raw dataset folder (default: embedded phantoms)")
     parser.add_argument("--configuration", default="3d_fullres", help="2d or 3d_fullres (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")

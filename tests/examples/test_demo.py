@@ -129,13 +129,15 @@ def test_the_commands_are_nnunets_own(settings: demo.Settings) -> None:
         "nnUNetv2_train",
         "nnUNetv2_predict",
         "nnUNetv2_evaluate_folder",
+        "kaf-report",
+        "kaf-report",
     ]
-    assert [step.resume() for step in steps] == [()] * 5
+    assert [step.resume() for step in steps] == [()] * 7
     (settings.model / "fold_0").mkdir(parents=True)
     pretraining = settings.results / "KAFPretraining__nnUNetKAFPlans__3d_fullres" / "fold_all"
     pretraining.mkdir(parents=True)
     (pretraining / "checkpoint_latest.pth").touch()
-    assert [step.resume() for step in steps] == [(), ("--continue",), ("--c",), (), ()]
+    assert [step.resume() for step in steps] == [(), ("--continue",), ("--c",), (), (), (), ()]
 
 
 def test_the_users_settings_do_not_reach_the_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
