@@ -7,12 +7,15 @@
 
 Every case is seen untransformed and with noise, changed intensities, rotated, and elastically deformed; keypoints are
 detected in each view as in prediction, and matched by the known transformation. Several networks of a kind (draws,
-seeds) are averaged. Writes one JSON a dataset to benchmarks/results; ``--page`` writes docs/attention.md from them.
+seeds) are averaged; all must have the same plans. The cases must be such that no network was trained on their labels.
+With a study of benchmarks/low_label: RAW is its nnUNet_raw/Dataset950_TASK, a fold of a model is a run of it. Writes
+one JSON a dataset to benchmarks/results; ``--page`` writes docs/attention.md from them.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
 import re
 import sys
@@ -78,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--network", action="append", default=[], metavar="KIND=PATH",
         help="random=, scratch= or trained= and the fold_N folder of a model, pretrained= and a checkpoint_final.pth; "
-        "may be repeated",
+        "may be repeated, and PATH may be a pattern (fold_[012])",
     )  # fmt: skip
     parser.add_argument("--slices", type=int, default=3, help="per case, in 2D (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -144,9 +147,10 @@ def open_networks(args: argparse.Namespace) -> tuple[list[Network], TrainedModel
         kind, _, path = text.partition("=")
         if kind not in KINDS or not path:
             raise KAFError(f"--network is {text!r}; expected KIND=PATH with KIND one of {', '.join(KINDS)}.")
-        network, model = open_network(kind, Path(path), args.seed + index)
-        networks.append(network)
-        models += [model] if model is not None else []
+        for found in sorted(glob.glob(path)) or [path]:
+            network, model = open_network(kind, Path(found), args.seed + index)
+            networks.append(network)
+            models += [model] if model is not None else []
     if not models:
         raise KAFError("--network: name at least one model (random=, scratch= or trained=): its plans preprocess.")
     check_alike(networks)

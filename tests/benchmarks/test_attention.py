@@ -36,7 +36,7 @@ def test_all_kinds_are_measured_and_the_page_follows(
     model = write_model(tmp_path / "m", ndim, folds=("0", "1"))
     fold, other = model / "fold_0", model / "fold_1"
     checkpoint = pretraining(model, tmp_path / "checkpoint_final.pth")
-    networks = {"random": fold, "scratch": other, "pretrained": checkpoint, "trained": fold}
+    networks = {"random": fold, "scratch": other, "pretrained": checkpoint, "trained": model / "fold_[0]"}
     code = attention.main(
         ["--name", "phantoms", "--images", str(phantom_data / "imagesTs"), "--labels", str(phantom_data / "labelsTs")]
         + [word for kind, path in networks.items() for word in ("--network", f"{kind}={path}")]
