@@ -190,7 +190,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             KAFError: the weights have diverged: every further epoch, and every checkpoint of it, would be worthless.
         """
         super().on_train_epoch_end(train_outputs)
-        bad = diverged(_unwrapped(self.network).state_dict())
+        bad = diverged(unwrapped(self.network).state_dict())
         if bad:
             raise KAFError(
                 f"epoch {self.current_epoch}: the weights have diverged: found NaN, infinite or absurd values in "
@@ -229,7 +229,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         path, why = self._find_pretraining()
         if path is None:
             return LoadReport(None, None, {}, why)
-        report = load_encoder(_unwrapped(self.network), path, self.plans_manager.plans, self.configuration_name)
+        report = load_encoder(unwrapped(self.network), path, self.plans_manager.plans, self.configuration_name)
         return replace(report, note=f"{why}; {report.note}")
 
     def _find_pretraining(self) -> tuple[Path | None, str]:
@@ -311,7 +311,7 @@ def split_or_say_why(trainer: nnUNetTrainer) -> None:
     check_fold(folder, cases, trainer.fold)
 
 
-def _unwrapped(network: nn.Module) -> nn.Module:
+def unwrapped(network: nn.Module) -> nn.Module:
     """The network inside DistributedDataParallel and torch.compile."""
     inner: nn.Module = getattr(network, "module", network)
     unwrapped: nn.Module = getattr(inner, "_orig_mod", inner)

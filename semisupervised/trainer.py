@@ -31,7 +31,7 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
 from nnunetv2_kaf.plans import is_kaf
 from nnunetv2_kaf.schedule import schedule_variant
-from nnunetv2_kaf.trainer import nnUNetTrainerKAF, split_or_say_why
+from nnunetv2_kaf.trainer import nnUNetTrainerKAF, split_or_say_why, unwrapped
 from pretraining.data.images import MEMORY
 from semisupervised.guard import EpochSums, Guard
 from semisupervised.losses import Pending, PseudoLabels, SemiLoss, UnlabelledLoss, pseudo_labels
@@ -193,7 +193,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             self._unlabelled = self._find_unlabelled()
         super().on_train_start()
         self._announce(self._unlabelled)
-        self._teacher = Teacher(_unwrapped(self.network), self.teacher_decay, self._do_i_compile())
+        self._teacher = Teacher(unwrapped(self.network), self.teacher_decay, self._do_i_compile())
         if restored is not None:
             self._teacher.load_state_dict(restored["teacher"])
         self._stream = self._open_stream(self._unlabelled)
@@ -374,7 +374,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
     def on_train_end(self) -> None:
         """See nnU-Net; gives the network the teacher's weights if it is the one that predicts."""
         if self.predict_with == "teacher" and self._teacher is not None:
-            _unwrapped(self.network).load_state_dict(self._teacher.state_dict())
+            unwrapped(self.network).load_state_dict(self._teacher.state_dict())
         super().on_train_end()
         for stream in (self._stream, self.dataloader_train, self.dataloader_val):
             if isinstance(stream, Stream):
@@ -390,13 +390,6 @@ class nnUNetTrainerKAFSemi(nnUNetTrainerSemi, nnUNetTrainerKAF):  # noqa: N801
 
     def _pretraining(self) -> Path | None:
         return self._find_pretraining()[0]
-
-
-def _unwrapped(network: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel and torch.compile."""
-    inner: nn.Module = getattr(network, "module", network)
-    unwrapped: nn.Module = getattr(inner, "_orig_mod", inner)
-    return unwrapped
 
 
 def _fix_algorithms(transform: Any) -> None:
