@@ -31,9 +31,12 @@ stand beside the table. `labelled`, `draws`, `epochs` x `iterations`, `mirror_pr
 augmentation, for speed); `tasks`: a raw dataset, its configuration, `batch_size`, `downsample` in the plane,
 `patch_size`, `features` of the first stage, `n_stages`, `validation_patients`, `patient_pattern`; `arms`, each with
 
-- `trainer`: plain, kaf or primus (3D only); `planner`: another planner of nnU-Net, such as nnUNetPlannerResEncM;
+- `trainer`: plain, kaf, semi, kaf_semi (nnUNetTrainerSemi and nnUNetTrainerKAFSemi, whose unlabelled images are those
+  of the training patients that are not labelled in the run) or primus (3D only); `planner`: another planner of
+  nnU-Net, such as nnUNetPlannerResEncM;
 - `kaf`: options of the plans' kaf block; `pretraining`: options of kaf-pretrain, `preset` among them, or null;
-- `training`: initial_lr, weight_decay, oversample_foreground_percent, warmup_epochs;
+- `training`: initial_lr, weight_decay, oversample_foreground_percent, warmup_epochs, and of the semi-supervised
+  trainers confidence_threshold, teacher_decay, unlabelled_weight and the like;
 - `tasks`, `labelled`: these only; `note`: what was concluded, for the table.
 
 `training` and `pretraining` of the file hold for all arms, an arm's own values win. All arms are compared with

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .config import ALL, PLANNER, Arm, digest
+from .config import ALL, PLANNER, SEMI_TRAINERS, Arm, digest
 from .layout import NUMBER, Layout
 from .plans import planned
 from .splits import Fold, Split
@@ -67,6 +67,9 @@ def train(layout: Layout, arm: Arm, fold: Fold, split: Split) -> Step:
         *("-p", layout.plans_name(arm), "-device", layout.study.device),
     ]
     environment = {}
+    if arm.trainer in SEMI_TRAINERS:
+        # The training patients that are not labelled in this fold.
+        environment["KAF_UNLABELLED"] = NUMBER
     if arm.pretraining is not None and arm.network == "kaf":
         environment["KAF_PRETRAINED"] = str(layout.pretraining(arm, fold) / FINAL)
     if (folder / FINAL).is_file():

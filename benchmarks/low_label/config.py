@@ -18,10 +18,21 @@ from .schema import Rule, read_block, whole
 
 ALL = "all"
 """In `labelled`: every patient that is not for validation or test."""
-TRAINERS = ("plain", "kaf", "primus")
+TRAINERS = ("plain", "kaf", "semi", "kaf_semi", "primus")
+KAF_TRAINERS = ("kaf", "kaf_semi")
+SEMI_TRAINERS = ("semi", "kaf_semi")
 PLANNER = "ExperimentPlanner"
-ATTRIBUTES = ("initial_lr", "weight_decay", "oversample_foreground_percent", "warmup_epochs")
-"""What `training` may set: nnU-Net's own names, and the epochs of linear warm-up."""
+SEMI_ATTRIBUTES = (
+    "confidence_threshold",
+    "teacher_decay",
+    "unlabelled_weight",
+    "unlabelled_ramp",
+    "unlabelled_share",
+    "cutmix_probability",
+    "predict_with",
+)
+ATTRIBUTES = ("initial_lr", "weight_decay", "oversample_foreground_percent", "warmup_epochs", *SEMI_ATTRIBUTES)
+"""What `training` may set: nnU-Net's own names, the epochs of linear warm-up, and those of semi-supervised trainers."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _FIXED = ("seed", "network")
 
@@ -121,7 +132,7 @@ class Arm:
     @property
     def network(self) -> str:
         """Of kaf-pretrain."""
-        return "kaf" if self.trainer == "kaf" else "plain"
+        return "kaf" if self.trainer in KAF_TRAINERS else "plain"
 
     def definition(self) -> dict[str, Any]:
         """What decides about a run: JSON types, without the name, and where it takes part."""
@@ -203,8 +214,12 @@ def _arm(name: str, content: Any, study: Mapping[str, Any], tasks: tuple[Task, .
     block = read_block(content, _ARM, where)
     _training(block["training"], f"{where}training")
     block["training"] = {**study["training"], **block["training"]}
-    if block["kaf"] and block["trainer"] != "kaf":
+    if block["kaf"] and block["trainer"] not in KAF_TRAINERS:
         raise KAFError(f"{where}kaf: found with trainer {block['trainer']!r}, expected trainer kaf. Remove one.")
+    own = [key for key in block["training"] if key in SEMI_ATTRIBUTES]
+    if own and block["trainer"] not in SEMI_TRAINERS:
+        found = f"found with trainer {block['trainer']!r}, expected trainer semi or kaf_semi"
+        raise KAFError(f"{where}training.{own[0]}: {found}. Remove one.")
     _checked(f"{where}kaf", lambda: KAFConfig.from_dict(block["kaf"]))
     known = [task.name for task in tasks]
     if block["tasks"] is not None and not set(block["tasks"]) <= set(known):
@@ -239,6 +254,10 @@ def _training(block: Mapping[str, Any], where: str) -> None:
     for key, value in block.items():
         if key not in ATTRIBUTES:
             raise KAFError(f"{where}.{key}: unknown key; known are {', '.join(ATTRIBUTES)}. Correct the spelling.")
+        if key == "predict_with":
+            if value not in ("student", "teacher"):
+                raise KAFError(f"{where}.{key}: found {value!r}, expected student or teacher.")
+            continue
         epochs = key == "warmup_epochs"
         if isinstance(value, bool) or not isinstance(value, int if epochs else (int, float)) or value < 0:
             expected = "a whole number of epochs, 0 or more" if epochs else "a number, 0 or more"

@@ -28,7 +28,7 @@ def write(layout: Layout) -> None:
     plain, configuration = _read(layout, PLANNER), layout.task.configuration
     for arm in layout.arms:
         plans = same_batch(_read(layout, arm.planner), plain, configuration, layout.task)
-        if arm.trainer == "kaf":
+        if arm.network == "kaf":
             network = resolve_configuration(plans, configuration)
             stages = network["architecture"]["arch_kwargs"]["n_stages"]
             plans = kaf_plans(plans, kaf_config(arm.kaf, network["patch_size"], stages))

@@ -26,7 +26,7 @@ class Study:
     epochs: ClassVar[int]
     iterations: ClassVar[int]
     validation_iterations: ClassVar[int]
-    attributes: ClassVar[Mapping[str, float]] = {}
+    attributes: ClassVar[Mapping[str, float | str]] = {}
     warmup_epochs: ClassVar[int | None] = None
     mirror_predictions: ClassVar[bool] = True
     seeds: ClassVar[tuple[int, ...]]
@@ -102,11 +102,13 @@ class Study:
 _BASES = {
     "plain": ("nnunetv2.training.nnUNetTrainer.nnUNetTrainer", "nnUNetTrainer"),
     "kaf": ("nnunetv2_kaf.trainer", "nnUNetTrainerKAF"),
+    "semi": ("semisupervised.trainer", "nnUNetTrainerSemi"),
+    "kaf_semi": ("semisupervised.trainer", "nnUNetTrainerKAFSemi"),
     "primus": ("nnunetv2.training.nnUNetTrainer.primus.primus_trainers", "nnUNet_Primus_S_Trainer"),
 }
 
 
-def write(path: Path, arms: Mapping[str, tuple[str, Mapping[str, float]]], common: Mapping[str, Any]) -> None:
+def write(path: Path, arms: Mapping[str, tuple[str, Mapping[str, float | str]]], common: Mapping[str, Any]) -> None:
     """Write this file and one class per arm to the folder of external trainers.
 
     Args:
