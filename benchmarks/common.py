@@ -17,7 +17,7 @@ import torch
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers were measured on."""
+    """What the numbers were measured on."""
     accelerator = {"accelerator": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
         "processor": processor(),
@@ -37,7 +37,7 @@ def processor() -> str:
 
 
 def load_average() -> list[float] | None:
-    """Return the load averages of 1, 5 and 15 minutes, None where the system does not tell."""
+    """The load averages of 1, 5 and 15 minutes, None where the system does not tell."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
@@ -48,7 +48,7 @@ def write_json(document: Any, path: Path) -> None:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
+    """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
@@ -65,7 +65,7 @@ def one_core(core: int | None = None) -> Iterator[dict[str, Any]]:
     """Keep torch to one thread and this thread to one core, as far as the system allows; restores both.
 
     Args:
-        core: number of the core; the last allowed one if None.
+        core: Number of the core; the last allowed one if None.
 
     Yields:
         What was done, for the results.
@@ -108,10 +108,10 @@ def alternate(
     """Time several arms side by side, so that a disturbance of the machine meets all of them.
 
     Args:
-        arms: by name, what prepares a step (not timed) and returns what is timed.
-        clock: returns wall and processor seconds.
-        repetitions: timed steps.
-        warmup: steps before them.
+        arms: What prepares a step (not timed) and returns what is timed, by name.
+        clock: Returns wall and processor seconds.
+        repetitions: Timed steps.
+        warmup: Steps before them.
 
     Returns:
         By name, wall and processor seconds of every timed step.
@@ -130,7 +130,7 @@ def alternate(
 
 
 def stopwatch(device: torch.device) -> Callable[[], tuple[float, float]]:
-    """Return a clock for `alternate`: wall and processor seconds of this process, once the device has finished."""
+    """A clock for `alternate`: wall and processor seconds of this process, once the device has finished."""
 
     def clock() -> tuple[float, float]:
         if device.type == "cuda":
@@ -144,8 +144,8 @@ def ratios(seconds: Mapping[str, Sequence[tuple[float, float]]], baseline: str) 
     """Compare arms timed in alternation with one of them, round by round: the speed of a machine drifts.
 
     Args:
-        seconds: of `alternate`.
-        baseline: the arm to compare with.
+        seconds: Result of `alternate`.
+        baseline: The arm to compare with.
 
     Returns:
         By name, median and quartiles of the ratios of the wall seconds of one round.

@@ -38,10 +38,10 @@ def measure_grid(
 
     Args:
         dims: 2, 3 or both.
-        rounds: timed repetitions.
-        warmup: repetitions before them.
-        max_gflop: points whose dense evaluation takes more are left out.
-        seed: of tokens and places.
+        rounds: Timed repetitions.
+        warmup: Repetitions before them.
+        max_gflop: Points whose dense evaluation takes more are left out.
+        seed: Seed of tokens and places.
         device: CPU or CUDA.
 
     Returns:
@@ -77,7 +77,7 @@ def measure_point(
 
 
 def make_step(diffusion: Diffusion, keypoints: int, shape: Sequence[int], seed: int) -> Callable[[str], None]:
-    """Return a forward and backward pass under a given evaluation."""
+    """A forward and backward pass under a given evaluation."""
     generator = torch.Generator().manual_seed(seed)
     device, voxels = diffusion.spread.weight.device, math.prod(shape)
     tokens = torch.randn(1, keypoints, diffusion.spread.in_channels, generator=generator).to(device).requires_grad_()

@@ -43,10 +43,10 @@ def busy(trainer: Trainer, batches: Iterator[Batch], steps: int, warmup: int) ->
     """Run steps and return the share of time that the device is busy (see `SHARE`) and the pairs per second.
 
     Args:
-        trainer: does the steps.
-        batches: at least ``warmup + steps`` of them.
-        steps: that are measured.
-        warmup: steps before them.
+        trainer: Does the steps.
+        batches: At least `warmup + steps` of them.
+        steps: How many are measured.
+        warmup: Steps before them.
     """
     arrivals: list[Any] = []
     pairs = 0
@@ -83,7 +83,7 @@ def mark(device: torch.device) -> Any:
 
 
 def between(start: Any, end: Any) -> float:
-    """Return the seconds between two marks."""
+    """The seconds between two marks."""
     return float(end - start if isinstance(start, float) else start.elapsed_time(end) / 1000)
 
 

@@ -43,9 +43,9 @@ class Part:
     """A step to be timed.
 
     Attributes:
-        step: does it once.
-        alive: tensors that are there before and after the step.
-        work: what it cannot avoid.
+        step: Does it once.
+        alive: Tensors that are there before and after the step.
+        work: What it cannot avoid.
     """
 
     step: Callable[[], object]
@@ -57,10 +57,10 @@ class Inputs:
     """What all parts of one size share.
 
     Args:
-        shape: of the patch.
+        shape: Shape of the patch.
         num_keypoints: K.
-        seed: of the image, the features and the points.
-        device: of the tensors.
+        seed: Seed of the image, the features and the points.
+        device: Device of the tensors.
     """
 
     def __init__(self, shape: Sequence[int], num_keypoints: int, seed: int, device: torch.device) -> None:

@@ -20,7 +20,7 @@ class Work:
     """What a computation must move and calculate.
 
     Attributes:
-        bytes: read from and written to memory.
+        bytes: Read from and written to memory.
         flops: floating-point operations, a multiplication and an addition count two.
     """
 
@@ -37,8 +37,8 @@ def machine_limits(device: torch.device, repetitions: int = 10, edge: int | None
 
     Args:
         device: CPU or CUDA.
-        repetitions: of each.
-        edge: rows of the matrices; by default large enough for the device.
+        repetitions: How often each is run.
+        edge: Rows of the matrices; by default large enough for the device.
     """
     edge = edge or (8192 if device.type == "cuda" else 2048)
     source = torch.ones(COPY_BYTES // FLOAT, device=device)
@@ -68,13 +68,13 @@ def _tf32_as_in_convolutions() -> Iterator[None]:
 
 
 def best_limits(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the higher of two measured limits each: other load on the machine only ever lowers them."""
+    """The higher of two measured limits each: other load on the machine only ever lowers them."""
     numbers = ("bytes_per_second", "flops_per_second")
     return {**one, **{name: max(one[name], other[name]) for name in numbers}}
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, repetitions: int) -> float:
-    """Return the shortest of several runs, after one to warm up."""
+    """The shortest of several runs, after one to warm up."""
     clock, times = stopwatch(device), []
     for _ in range(repetitions + 1):
         start, _ = clock()

@@ -21,10 +21,10 @@ def peak_bytes(work: Callable[[], object], alive: Iterable[Tensor], device: torc
     """Run some work once and return the largest number of bytes its tensors take at once.
 
     Args:
-        work: must not free memory that was allocated before, or the peak is too small on CUDA and too large on a CPU
+        work: Must not free memory that was allocated before, or the peak is too small on CUDA and too large on a CPU
             (whose profiler does not see such frees).
-        alive: tensors that are there before; a memory that several share counts once.
-        device: where the tensors are.
+        alive: Tensors that are there before; a memory that several share counts once.
+        device: Device of the tensors.
     """
     base = storage_bytes(alive)
     if device.type == "cuda":
@@ -40,13 +40,13 @@ def peak_bytes(work: Callable[[], object], alive: Iterable[Tensor], device: torc
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the tensors' memory, each piece of memory counted once."""
+    """The bytes of the tensors' memory, each piece of memory counted once."""
     pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(pieces.values())
 
 
 def highest(changes: Iterable[int]) -> int:
-    """Return the highest value of a running sum that starts at 0."""
+    """The highest value of a running sum that starts at 0."""
     now = top = 0
     for change in changes:
         now += change
@@ -55,7 +55,7 @@ def highest(changes: Iterable[int]) -> int:
 
 
 def _changes(profile: Any) -> list[int]:
-    """Return the bytes of all allocations (positive) and frees (negative) on the CPU in the order of time."""
+    """The bytes of all allocations (positive) and frees (negative) on the CPU in the order of time."""
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     on_cpu = [event for event in events if event.device_type().name == "CPU"]
     return [event.nbytes() for event in sorted(on_cpu, key=lambda event: int(event.start_ns()))]

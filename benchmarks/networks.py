@@ -26,11 +26,11 @@ class Case:
     """A network of nnU-Net's plans and what it is fed.
 
     Attributes:
-        layout: patch, spacing, planned batch, features and strides.
-        classes: background included.
-        cpu_batch: samples a step on a CPU; None where a CPU would take too long.
-        batch_dice: of the plans.
-        arms: of `ARMS`, what is compared unless asked otherwise.
+        layout: Patch, spacing, planned batch, features and strides.
+        classes: Background included.
+        cpu_batch: Samples a step on a CPU; None where a CPU would take too long.
+        batch_dice: Entry of the plans.
+        arms: Names in `ARMS` that are compared unless asked otherwise.
     """
 
     layout: Layout
@@ -64,7 +64,7 @@ _ISOTROPIC, _HEART = (1.0, 1.0, 1.0), (10.0, 1.5625, 1.5625)
 
 
 def _halved(stages: int, dims: int = 3) -> tuple[tuple[int, ...], ...]:
-    """Return the strides of an encoder that halves every axis between its stages."""
+    """The strides of an encoder that halves every axis between its stages."""
     return ((1,) * dims, *[(2,) * dims] * (stages - 1))
 
 
@@ -104,10 +104,10 @@ def build(case: Case, arm: str, seed: int, device: torch.device) -> nn.Module:
     """Build the network of an arm with nnU-Net's own function.
 
     Args:
-        case: whose network.
-        arm: of `ARMS`.
-        seed: of the initialisation, the same in every arm.
-        device: of the network.
+        case: The case whose network is built.
+        arm: Name in `ARMS`.
+        seed: Seed of the initialisation, the same in every arm.
+        device: Device of the network.
     """
     plan = case.layout.plan()
     architecture, choice = plan["architecture"], ARMS[arm]
@@ -179,10 +179,10 @@ class TrainingStep:
     """nnU-Net's training step of one network on one batch.
 
     Args:
-        network: to be trained, on its device.
-        loss: of `make_loss`; compiled parts are shared between networks.
-        batch: the same in every step.
-        compiled: whether to compile the network, nnU-Net's default on CUDA.
+        network: Network to train, on its device.
+        loss: Result of `make_loss`; compiled parts are shared between networks.
+        batch: The same in every step.
+        compiled: Whether to compile the network, nnU-Net's default on CUDA.
     """
 
     def __init__(self, network: nn.Module, loss: nn.Module, batch: Batch, compiled: bool) -> None:
@@ -214,7 +214,7 @@ class TrainingStep:
         return float(loss.detach())
 
     def alive(self) -> list[Tensor]:
-        """Return what lives between two steps, gradients left out: the next step frees them first."""
+        """What lives between two steps, gradients left out: the next step frees them first."""
         state: Mapping[Any, Mapping[str, Any]] = self.optimizer.state
         moments = [value for one in state.values() for value in one.values() if isinstance(value, Tensor)]
         held: Sequence[Tensor] = [*self.eager.parameters(), *self.eager.buffers()]

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", help="nnU-Net raw dataset folders")
     parser.add_argument("--work", type=Path, help="scratch folder; kept, plans in it are used again")
@@ -135,7 +135,7 @@ def measure(
 
 
 def kaf_block(model: Path, configuration: str) -> dict[str, Any]:
-    """Return the layers that a model's plans name."""
+    """The layers that a model's plans name."""
     plan = json.loads((model / "plans.json").read_text())["configurations"][configuration]
     block: dict[str, Any] = plan["architecture"]["arch_kwargs"]["kaf"]
     return block

@@ -61,7 +61,7 @@ def call(command: Sequence[str], work: Path) -> None:
     """Run a command of nnU-Net on the scratch folders.
 
     Raises:
-        RuntimeError: it failed; the message ends with its last output.
+        RuntimeError: It failed; the message ends with its last output.
     """
     path = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
     own = {**os.environ, **folders(work), "PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
@@ -76,12 +76,12 @@ def in_process(
     """Predict all images in this process.
 
     Args:
-        model: the model folder.
-        images: folder of the images.
-        output: folder of the predictions; emptied before each round.
-        expected: files that a round must write.
-        network: takes the seconds that each image spends in the network.
-        args: command line.
+        model: The model folder.
+        images: Folder of the images.
+        output: Folder of the predictions; emptied before each round.
+        expected: Files that a round must write.
+        network: Takes the seconds that each image spends in the network.
+        args: Command line.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         predictor = nnUNetPredictor(
@@ -123,7 +123,7 @@ def command(
 
 
 def checked(work: Callable[[], object], output: Path, expected: Sequence[str]) -> Arm:
-    """Return an arm that empties the output, works, and makes sure that every case was written."""
+    """An arm that empties the output, works, and makes sure that every case was written."""
 
     def prepare(_: int) -> Callable[[], None]:
         shutil.rmtree(output, ignore_errors=True)

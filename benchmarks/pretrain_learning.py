@@ -5,7 +5,7 @@
     python benchmarks/pretrain_learning.py --table
 
 Runs kaf-pretrain through its command line, one run after the other. Options that are not its own are passed on. A
-finished run is not repeated, an unfinished one is continued. Writes one JSON; ``--table`` shows an existing one. The
+finished run is not repeated, an unfinished one is continued. Writes one JSON; `--table` shows an existing one. The
 runs are far too short to say which objective is best; losses of different objectives are not comparable.
 """
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, further: Sequence[str]) -> dict[str, Any]:
 
 
 def command(args: argparse.Namespace, configuration: str, arm: str, folder: Path, further: Sequence[str]) -> list[str]:
-    """Return the arguments of kaf-pretrain for a run; those of the user come last and win."""
+    """The arguments of kaf-pretrain for a run; those of the user come last and win."""
     preset, network = ARMS[arm]
     schedule = {
         name: value if getattr(args, name) is None else getattr(args, name)
@@ -129,7 +129,7 @@ def finish(arguments: Sequence[str], folder: Path) -> None:
     """Start or continue a run unless it is finished; the seconds of every attempt are kept.
 
     Raises:
-        SystemExit: if the folder holds a run with other options, or the run fails.
+        SystemExit: If the folder holds a run with other options, or the run fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "attempts.json"
@@ -164,7 +164,7 @@ def pretrain(arguments: Sequence[str], log: Path) -> int:
 
 
 def report(folder: Path) -> dict[str, Any]:
-    """Return what a finished run learned."""
+    """What a finished run learned."""
     pretraining = read_checkpoint(folder / FINAL)["pretraining"]
     history, config = pretraining["history"], pretraining["config"]
     epochs = [entry for entry in history if entry["epoch"] > 0]

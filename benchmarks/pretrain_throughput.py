@@ -6,7 +6,7 @@
 
 Measures `PairLoader`: augmented pairs with their keypoints and correspondences, by default of a synthetic dataset in a
 temporary folder. Cached keypoints are compared with keypoints that are detected anew for every image that is drawn, in
-alternation in one run. Writes one JSON; ``--table`` shows an existing one.
+alternation in one run. Writes one JSON; `--table` shows an existing one.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="number or name of a preprocessed dataset (default: a synthetic one)")
     parser.add_argument("-c", "--configurations", nargs="+", help="default: 2d, or all of the synthetic dataset")
@@ -150,12 +150,12 @@ def fastest_round(task: Task, config: PretrainConfig, args: argparse.Namespace) 
 
 
 def clock() -> tuple[float, float]:
-    """Return wall and processor seconds of this thread."""
+    """Wall and processor seconds of this thread."""
     return time.perf_counter(), time.thread_time()
 
 
 def summarise(seconds: Mapping[str, Sequence[tuple[float, float]]], pairs: int) -> dict[str, dict[str, Any]]:
-    """Return medians and quartiles of every arm."""
+    """Medians and quartiles of every arm."""
     out = {}
     for name, times in seconds.items():
         wall, processor = pairs / np.array(times).T
@@ -169,7 +169,7 @@ def summarise(seconds: Mapping[str, Sequence[tuple[float, float]]], pairs: int) 
 
 
 def density(batches: Sequence[Batch]) -> dict[str, Any]:
-    """Return how many keypoints and matches there are."""
+    """How many keypoints and matches there are."""
     valid = torch.cat([batch.valid.sum(1) for batch in batches]).float()
     matched = torch.cat([(batch.matches >= 0).sum(1) for batch in batches]).float()
     return {
@@ -183,8 +183,8 @@ class DetectedAnew(KeypointCache):
     """What the cache replaces: the same points, detected and described whenever an image is drawn.
 
     Args:
-        cache: whose options are used.
-        images: to detect in.
+        cache: Cache with the options to use.
+        images: Images to detect in.
     """
 
     def __init__(self, cache: KeypointCache, images: PreprocessedImages) -> None:
@@ -192,7 +192,7 @@ class DetectedAnew(KeypointCache):
         self.images = images
 
     def read(self, case: str, image_path: Path, slice_index: int | None) -> SourceKeypoints:
-        """Detect the points of a slice (2D) or of the volume (``None``, 3D)."""
+        """Detect the points of a slice (2D) or of the volume (`None`, 3D)."""
         if slice_index is None:
             image = torch.from_numpy(self.images.read(case, (slice(None),) * 3))
         else:
@@ -204,7 +204,7 @@ class DetectedAnew(KeypointCache):
 
 
 def arms_of(loader: PairLoader) -> dict[str, Callable[[int], Callable[[], object]]]:
-    """Return what is compared, all on the same pairs of a step."""
+    """What is compared, all on the same pairs of a step."""
     anew = replace(loader, keypoints=DetectedAnew(loader.keypoints, loader.images))
     later = replace(loader, render_later=True)
 

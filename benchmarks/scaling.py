@@ -7,7 +7,7 @@
 Every part runs at full resolution (32 channels, batch 1, float32): keypoint detection (forward), one KAF layer, the
 paper's layer evaluated around the keypoints and densely, and for comparison one stage of plain nnU-Net (forward and
 backward). Beside each time stands the floor that follows from the machine's memory bandwidth and arithmetic, measured
-in the same run, before and after (`limits`, `kaf_parts`). ``--cost-grid`` also times both evaluations of the fusion on
+in the same run, before and after (`limits`, `kaf_parts`). `--cost-grid` also times both evaluations of the fusion on
 a grid of sizes and says what the rule that chooses between them loses. Sizes that were left out read "not measured".
 """
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
@@ -113,7 +113,7 @@ def sizes(args: argparse.Namespace) -> list[tuple[str, int, int]]:
     """Sweep, edge of the cube and number of keypoints of every size.
 
     Raises:
-        ValueError: a cube has fewer voxels than keypoints.
+        ValueError: A cube has fewer voxels than keypoints.
     """
     over_keypoints = [("K", args.fixed_edge, keypoints) for keypoints in sorted(args.keypoints)]
     over_voxels = [("V", edge, args.fixed_keypoints) for edge in sorted(args.edges)]

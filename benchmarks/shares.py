@@ -35,10 +35,10 @@ def shares(step: Callable[[], object], network: nn.Module, device: torch.device,
     """Profile some training steps after one that is not counted.
 
     Args:
-        step: runs `network` forward and backward, uncompiled.
-        network: whose modules are labelled meanwhile.
-        device: where it runs.
-        steps: to profile.
+        step: Runs `network` forward and backward, uncompiled.
+        network: Network whose modules are labelled meanwhile.
+        device: Device that runs it.
+        steps: How many are profiled.
 
     Returns:
         By part the shares of the step in `forward` and `backward`, and `other` of the backbone (they sum to 1), and
@@ -99,7 +99,7 @@ def attribute(events: Any, cuda: bool) -> tuple[dict[str, dict[str, float]], flo
 
 
 def _labels_by_number(host: list[Any]) -> Mapping[int, str | None]:
-    """Return the label of the operator that made each numbered node of the backward pass.
+    """The label of the operator that made each numbered node of the backward pass.
 
     An operator shows the number that the next node gets, so of several with one number the last to start made the node.
     """
@@ -113,7 +113,7 @@ def _labels_by_number(host: list[Any]) -> Mapping[int, str | None]:
 
 
 def _label(event: Any) -> str | None:
-    """Return the innermost label that an operator runs under."""
+    """The innermost label that an operator runs under."""
     while event is not None:
         if event.name in _LABELS:
             return _LABELS[event.name]
@@ -157,7 +157,7 @@ def labelled(network: nn.Module) -> Iterator[None]:
 
 
 def _parts(network: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Return the modules to label; outer ones first."""
+    """The modules to label; outer ones first."""
     yield network, _FORWARD
     for module in network.modules():
         if isinstance(module, KeypointDetector):

@@ -39,7 +39,7 @@ def _measured(document: Mapping[str, Any]) -> str:
 
 
 def _arm(name: str, arm: Mapping[str, Any]) -> list[str]:
-    """Return the cells of one network."""
+    """The cells of one network."""
     parts = {part: sum(kinds.values()) for part, kinds in arm["shares"].items() if isinstance(kinds, Mapping)}
     keypoints = f"{arm['valid_keypoints']:.0f} of {arm['keypoints_at_most']}" if "valid_keypoints" in arm else ""
     shares = [f"{parts[part]:.1%}" for part in ("detection", "attention", "fusion", "backbone")]

@@ -8,7 +8,7 @@
 Needs no dataset. The step is nnU-Net's: forward with deep supervision, Dice and cross-entropy, backward, clipping, SGD;
 on CUDA in mixed precision and compiled. All networks of a case take their steps in alternation in one process. Ratios
 are medians of the ratios within a round, because the speed of a machine drifts. On a CPU the batches are smaller than
-planned unless ``--planned-batch`` is given.
+planned unless `--planned-batch` is given.
 
 The results are written after each case. Cases that are not measured this time stay in the file, if machine, versions,
 source and setting are the same as now; otherwise a copy of the file is kept and the table begins anew.
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace, cases: Mapping[str, Case] = CASES) -> None:
 
 
 def identity(device: torch.device, compiled: bool) -> dict[str, Any]:
-    """Return what all numbers of a table must have in common."""
+    """What all numbers of a table must have in common."""
     source = hashlib.sha256()
     for file in sorted(Path(nnunetv2_kaf.__file__).parent.glob("*.py")):
         source.update(file.read_bytes())
@@ -121,7 +121,7 @@ def identity(device: torch.device, compiled: bool) -> dict[str, Any]:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Return the results so far, or an empty document."""
+    """The results so far, or an empty document."""
     if path.is_file():
         document: dict[str, Any] = json.loads(path.read_text())
         return document
@@ -130,7 +130,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def section_of(document: dict[str, Any], own: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the part of a document that holds the device's results; it is made if there is none.
+    """The part of a document that holds the device's results; it is made if there is none.
 
     Numbers of different conditions do not go into one table: if the part holds such, a copy of the file is kept, and
     the part begins anew.
@@ -184,7 +184,7 @@ def _always(step: TrainingStep, _: int) -> TrainingStep:
 
 
 def describe(step: TrainingStep, device: torch.device, profiled: int) -> dict[str, Any]:
-    """Return size, keypoints, peak memory and shares of a network that has taken its steps."""
+    """Size, keypoints, peak memory and shares of a network that has taken its steps."""
     detector: Any = getattr(step.eager.encoder, "detector", None)
     keypoints = {}
     if detector is not None:
@@ -201,7 +201,7 @@ def describe(step: TrainingStep, device: torch.device, profiled: int) -> dict[st
 
 
 def summarise(times: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Return median and quartiles of the wall seconds, and the median of the processor's."""
+    """Median and quartiles of the wall seconds, and the median of the processor's."""
     wall, processor = np.array(times).T
     return {
         "step_seconds": round(float(np.median(wall)), 5),

@@ -20,12 +20,12 @@ class Layout:
     """A configuration of nnU-Net's plans, and the volumes that go with it.
 
     Attributes:
-        volume: shape of the volumes (Z, Y, X).
-        spacing: of the volumes in mm.
-        patch_size: two values for a 2D configuration.
-        batch_size: of the plans.
-        features: channels of the encoder's stages.
-        strides: of the stages.
+        volume: Shape of the volumes (Z, Y, X).
+        spacing: Voxel sizes of the volumes in mm.
+        patch_size: Two values for a 2D configuration.
+        batch_size: Entry of the plans.
+        features: Channels of the encoder's stages.
+        strides: Strides of the stages.
     """
 
     volume: tuple[int, int, int]
@@ -36,7 +36,7 @@ class Layout:
     strides: tuple[tuple[int, ...], ...]
 
     def plan(self) -> dict[str, Any]:
-        """Return the configuration as in nnU-Net's plans."""
+        """The configuration as in nnU-Net's plans."""
         dims, stages = len(self.patch_size), len(self.features)
         # Thick slices are not convolved across until the planes are about as coarse.
         thick = [1, 3, 3] if self.spacing[0] > 3 * self.spacing[1] and dims == 3 else [3] * dims
@@ -80,10 +80,10 @@ def write_dataset(root: Path, layouts: Mapping[str, Layout], patients: int, seed
     """Write a dataset as nnU-Net's preprocessing does, two images (phases) per patient.
 
     Args:
-        root: becomes ``nnUNet_preprocessed``.
-        layouts: configurations by name.
-        patients: number of patients.
-        seed: of the images.
+        root: Becomes `nnUNet_preprocessed`.
+        layouts: Configurations by name.
+        patients: Number of patients.
+        seed: Seed of the images.
 
     Returns:
         The folder of the dataset.
@@ -115,7 +115,7 @@ def phases(shape: Sequence[int], spacing: Sequence[float], seed: Sequence[int]) 
     finest = min(spacing)
 
     def texture(size: float) -> np.ndarray:
-        """Return noise smoothed to structures of about ``size`` finest voxels, related between neighbouring slices."""
+        """Noise smoothed to structures of about `size` finest voxels, related between neighbouring slices."""
         sigma = [max(size * finest / s, 0.7) for s in spacing]
         smooth: np.ndarray = gaussian_filter(generator.standard_normal(shape), sigma)
         return smooth / max(float(smooth.std()), 1e-12)

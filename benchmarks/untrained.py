@@ -25,7 +25,7 @@ CHECKPOINT = "checkpoint_final.pth"
 
 
 def folders(work: Path) -> dict[str, str]:
-    """nnU-Net's three environment variables for folders inside ``work``."""
+    """nnU-Net's three environment variables for folders inside `work`."""
     return {f"nnUNet_{name}": str(work / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")}
 
 
@@ -35,12 +35,12 @@ def write_model(
     """Write a model folder that nnUNetv2_predict accepts, without training.
 
     Args:
-        arm: of `TRAINERS`.
+        arm: Name in `TRAINERS`.
         plans: nnU-Net's plans with its own network; `nnUNetTrainerKAF` substitutes its network itself.
-        dataset_json: of the dataset.
+        dataset_json: That of the dataset.
         configuration: 2d, 3d_fullres, ...
-        work: holds nnUNet_results.
-        seed: of the weights.
+        work: Holds nnUNet_results.
+        seed: Seed of the weights.
 
     Returns:
         The model folder, with plans.json, dataset.json and fold_0/checkpoint_final.pth.
