@@ -93,9 +93,15 @@ def at_resolution(labels: PseudoLabels, shape: Sequence[int]) -> PseudoLabels:
     """Return the labels at another resolution, by the nearest voxel, as nnU-Net resamples labels."""
     if tuple(labels.target.shape[2:]) == tuple(shape):
         return labels
-    target = functional.interpolate(labels.target.float(), size=tuple(shape), mode="nearest-exact")
-    sure = functional.interpolate(labels.sure.float(), size=tuple(shape), mode="nearest-exact") > 0.5
-    return PseudoLabels(target.to(labels.target.dtype), sure)
+    return PseudoLabels(_nearest(labels.target, shape), _nearest(labels.sure, shape))
+
+
+def _nearest(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """`interpolate(mode="nearest-exact")` for any type of numbers on any device."""
+    for axis, size in enumerate(shape, start=2):
+        place = ((torch.arange(size, device=image.device) + 0.5) * (image.shape[axis] / size)).long()
+        image = image.index_select(axis, place)
+    return image
 
 
 class Pending(NamedTuple):

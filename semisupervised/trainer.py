@@ -126,6 +126,28 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         self._labelled_loader: Any = None
         self._step = 0
 
+    def _check_options(self) -> None:
+        """Check what a subclass may set.
+
+        Raises:
+            KAFError: a value is out of range; the message names it.
+        """
+        for name, valid, expected in (
+            ("confidence_threshold", 0 <= self.confidence_threshold <= 1, "a probability"),
+            ("teacher_decay", 0 <= self.teacher_decay < 1, "a number from 0 to below 1"),
+            ("unlabelled_weight", self.unlabelled_weight >= 0, "0 or more"),
+            ("unlabelled_ramp", 0 <= self.unlabelled_ramp <= 1, "a share of the training from 0 to 1"),
+            ("unlabelled_share", self.unlabelled_share > 0, "a number above 0"),
+            ("cutmix_probability", 0 <= self.cutmix_probability <= 1, "a probability"),
+            ("predict_with", self.predict_with in ("student", "teacher"), "'student' or 'teacher'"),
+            ("guard_every", self.guard_every >= 1, "a whole number of at least 1"),
+        ):
+            if not valid:
+                raise KAFError(
+                    f"{type(self).__name__}.{name}: found {getattr(self, name)!r}, expected {expected}. Correct it in "
+                    "the trainer."
+                )
+
     def initialize(self) -> None:
         """See nnU-Net; draws the seed of the training, the same in all processes."""
         super().initialize()
@@ -183,6 +205,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         Raises:
             KAFError: there is no unlabelled image, or one cannot be used.
         """
+        self._check_options()
         restored, self._restored = self._restored, None
         if restored is not None:
             self.semi_seed = restored["seed"]
@@ -270,8 +293,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             ComposeTransforms(weak),
         )
         self._flat_axis = any(isinstance(t, Convert3DTo2DTransform) for t in weak)
-        total = max(1, round(self.configuration_manager.batch_size * self.unlabelled_share))
         world_size = dist.get_world_size() if self.is_ddp else 1
+        total = max(world_size, round(self.configuration_manager.batch_size * self.unlabelled_share))
         processes = get_allowed_n_proc_DA()
         workers = max(1, processes // 3) if processes else 0
         patches = UnlabelledPatches(

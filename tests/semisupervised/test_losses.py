@@ -78,6 +78,13 @@ def test_deep_supervision_weighs_the_outputs_at_their_resolution():
     assert half.sure.dtype == torch.bool
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (8, 8), (3, 1)])
+def test_labels_are_resampled_as_nnunet_resamples_them(shape):
+    labels = pseudo_labels(logits(2, 4, 8, 8), 0.5, regions=False)
+    expected = torch.nn.functional.interpolate(labels.target.float(), size=shape, mode="nearest-exact")
+    assert torch.equal(at_resolution(labels, shape).target.float(), expected)
+
+
 def test_the_batch_is_split_between_the_two_losses():
     class Mean(nn.Module):
         def forward(self, output, target):

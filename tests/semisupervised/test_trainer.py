@@ -152,6 +152,15 @@ def test_a_collapse_is_said_in_the_log_and_lowers_the_weight(make_dataset):
     assert len(trainer.semi_history[0]["collapse"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("predict_with", "both"), ("confidence_threshold", 95), ("teacher_decay", 1.0), ("unlabelled_share", 0)],
+)
+def test_options_out_of_range_are_refused_by_their_names(name, value, make_dataset):
+    with pytest.raises(KAFError, match=rf"nnUNetTrainerSemi\.{name}: found {value!r}, expected"):
+        make_dataset().trainer(**{name: value}).run_training()
+
+
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_the_final_checkpoint_holds_the_weights_that_predict(which, make_dataset):
     trainer = make_dataset().trainer(predict_with=which, teacher_decay=0.9)
