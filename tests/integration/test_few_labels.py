@@ -1,4 +1,4 @@
-"""docs/few-labels.md with stock commands: two labelled patients, a folder of unlabelled ones, predictions, comparison."""
+"""docs/few-labels.md with stock commands: two labelled patients, a folder of unlabelled ones, predictions."""
 
 from __future__ import annotations
 
@@ -116,10 +116,8 @@ def test_the_listed_images_are_used_and_all_test_images_are_predicted(trained: A
 
 
 def test_nnunet_compares_the_trainers(trained: Any) -> None:
-    trained.run(
-        ["nnUNetv2_find_best_configuration", trained.number, "-c", "2d", "-p", PLANS, "-f", "0", "1"]
-        + ["-tr", "PlainFew", "KAFSemiFew", "--disable_ensembling", "-np", "1"]
-    )
+    command = f"nnUNetv2_find_best_configuration {trained.number} -c 2d -p {PLANS} -f 0 1 -np 1 --disable_ensembling"
+    trained.run([*command.split(), "-tr", "PlainFew", "KAFSemiFew"])
     information = trained.read(trained.results / "inference_information.json")
     assert len(information["all_results"]) == 2
     assert any("KAFSemiFew" in name for name in information["all_results"])
@@ -145,11 +143,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(trainer: str, prepared: A
 
 def test_a_finished_model_validates_again_and_is_exported(trained: Any) -> None:
     archive = trained.folder / "model.zip"
-    trained.run(
-        train("KAFSemiFew", trained, "0", "--val"),
-        ["nnUNetv2_export_model_to_zip", "-d", trained.number, "-o", archive, "-c", "2d", "-tr", "KAFSemiFew"]
-        + ["-p", PLANS, "-f", "0", "--not_strict"],
-    )
+    export = f"nnUNetv2_export_model_to_zip -d {trained.number} -c 2d -tr KAFSemiFew -p {PLANS} -f 0 --not_strict -o"
+    trained.run(train("KAFSemiFew", trained, "0", "--val"), [*export.split(), archive])
     assert archive.stat().st_size > 0
 
 
