@@ -154,11 +154,18 @@ def load_model(run: Run, task: Task, device: torch.device) -> tuple[PretrainingM
     Raises:
         KAFError: the weights do not fit the dataset's plans.
     """
+    why = "is gone"
     with torch.random.fork_rng(devices=[]):  # a save also restores the state of the random generator
         state = build_state(task, run.config, device)
         if (run.folder / LATEST).is_file():
-            load_latest(run.folder / LATEST, state, run.config, {})
-            return state.model.eval(), ""
+            try:
+                load_latest(run.folder / LATEST, state, run.config, {})
+            except KAFError as error:
+                if run.weights is None:
+                    raise
+                why = f"cannot be used ({error})"
+            else:
+                return state.model.eval(), ""
     assert run.weights is not None
     try:
         state.network.load_state_dict(dict(run.weights))
@@ -171,7 +178,7 @@ def load_model(run: Run, task: Task, device: torch.device) -> tuple[PretrainingM
     # without the trained heads a keypoint is described by the features of all levels
     model.descriptor_head = model.bottleneck_head = None
     return model, (
-        f"{LATEST}, which holds the heads, is gone: keypoints are compared by the encoder's features, global vectors "
+        f"{LATEST}, which holds the heads, {why}: keypoints are compared by the encoder's features, global vectors "
         "are pooled bottlenecks."
     )
 

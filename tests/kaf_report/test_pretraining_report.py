@@ -45,6 +45,10 @@ def test_without_the_last_save_the_encoder_alone_is_compared(run: Path, tmp_path
     text = page(run, tmp_path / "out", "--pairs", "1")
     assert "which holds the heads, is gone" in text
     assert 'class="frame"' in text
+    (run / "checkpoint_latest.pth").write_bytes(b"damaged")
+    text = page(run, tmp_path / "out", "--pairs", "1")
+    assert "which holds the heads, cannot be used" in text
+    assert 'class="frame"' in text
 
 
 def test_an_unfinished_run_is_shown_as_far_as_it_came(run: Path, tmp_path: Path) -> None:
