@@ -26,10 +26,12 @@ class Plane:
     Attributes:
         axis: that is cut; 0 in 2D.
         position: voxel of the patch on that axis.
+        start: voxel of the volume where the patch starts.
     """
 
     axis: int
     position: int
+    start: int = 0
 
     def cut(self, volume: Array) -> Array:
         """(Z, Y, X) -> (rows, columns)."""
@@ -48,8 +50,8 @@ class Plane:
 
     @property
     def name(self) -> str:
-        """For titles: which axis is cut, and where."""
-        return f"{'zyx'[self.axis]} = {self.position}"
+        """For titles: which axis is cut, and where in the volume."""
+        return f"{'zyx'[self.axis]} = {self.start + self.position}"
 
 
 def patch_of(view: CaseView) -> Array:
@@ -69,7 +71,7 @@ def points_of(view: CaseView) -> Array:
 def planes_through(view: CaseView, point: Array) -> list[Plane]:
     """The three planes through a point of the patch; one in 2D."""
     axes = (0,) if view.flat else (0, 1, 2)
-    return [Plane(axis, round(float(point[axis]))) for axis in axes]
+    return [Plane(axis, round(float(point[axis])), view.box[axis].start) for axis in axes]
 
 
 def keypoints_by_scale(view: CaseView) -> bytes:

@@ -218,7 +218,7 @@ def _case(model: TrainedModel, view: CaseView, number: int, options: Options, al
         text += f" Folds disagree in {float((view.disagreement > 0).mean()):.2%} of the voxels; the brighter, the more."
     result = save("result", case_figures.result(view), text)
     if view.keypoints is None or not len(view.keypoints):
-        notes.append(NO_LAYERS if view.keypoints is None else "No keypoint was detected in the inspected patch.")
+        notes += [] if view.keypoints is None else ["No keypoint was detected in the inspected patch."]
         return Case(view.name, found, result, None, [], None, [], notes)
     where = "the slice" if view.flat else "the patch"
     points = save(

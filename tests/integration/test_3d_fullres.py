@@ -12,6 +12,9 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 
+from kaf_report import cli as report_cli
+from nnunetv2_kaf import inspect
+
 pytestmark = pytest.mark.integration
 MODEL = ("KAFShort", "nnUNetKAFPlans", "3d_fullres")
 
@@ -118,3 +121,18 @@ def test_an_exported_model_installs_elsewhere_and_predicts_the_same(trained: Tra
     assert list(first) == list(second)
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name])
+
+
+def test_looking_inside_predicts_the_same(trained: Trained) -> None:
+    model = inspect.open_model(trained.workspace.model(*MODEL))
+    for name, expected in _arrays(trained.workspace.folder / "predictions").items():
+        image = trained.workspace.raw / "imagesTs" / name.replace(".nii.gz", "_0000.nii.gz")
+        view = inspect.view_case(model, [image], trained.workspace.raw / "labelsTs" / name, mirror=False)
+        np.testing.assert_array_equal(view.original_prediction, expected)
+        assert view.keypoints is not None
+    out = trained.workspace.folder / "report"
+    images = ("-i", str(trained.workspace.raw / "imagesTs"), "-o", str(out), "--keypoints", "1", "--disable-mirroring")
+    assert report_cli.main([str(trained.workspace.model(*MODEL)), *images]) == 0
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert trained.sha256 in text
+    assert "is not there any more" in text  # the file of the pretraining was removed
