@@ -6,11 +6,12 @@ CONFIG ?= 3d_fullres
 DEVICE ?= auto
 OUTPUT ?= demo_output
 PYTEST ?=
+MINUTES ?= 10
 
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean-demo
+.PHONY: help demo test fuzz faults lint docs clean-demo
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -23,6 +24,14 @@ demo: $(VENV)/.installed ## Plan, pretrain, train, predict, evaluate and report,
 
 test: lint ## Lint, type check and run all tests
 	$(BIN)/python -m pytest $(PYTEST)
+
+fuzz: $(VENV)/.installed-test ## Random wrong files for every reader, for MINUTES=10, and docs/reliability.md
+	PYTHONPATH=benchmarks $(BIN)/python -m reliability.fuzz --minutes $(MINUTES)
+	PYTHONPATH=benchmarks $(BIN)/python -m reliability.page
+
+faults: $(VENV)/.installed-test ## Runs that are killed, stopped or starved (half an hour), and docs/reliability.md
+	PYTHONPATH=benchmarks $(BIN)/python -m reliability.faults
+	PYTHONPATH=benchmarks $(BIN)/python -m reliability.page
 
 lint: $(VENV)/.installed-test ## Lint and type check
 	$(BIN)/ruff check .

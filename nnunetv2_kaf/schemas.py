@@ -285,7 +285,7 @@ class PretrainingCheckpoint(Record):
     dataset_name: PathName
     configuration: PathName
     fold: Fold
-    plans: PlansEntry
+    plans: Annotated[PlansEntry, BeforeValidator(plain)]
     pretraining: Measurements
     versions: dict[str, str]
 

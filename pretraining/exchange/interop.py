@@ -199,7 +199,7 @@ def describe(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     convolutions = {
         k: v
         for k, v in weights.items()
-        if k.startswith(CONVOLUTIONAL) and k.endswith(".conv.weight") and ".skip." not in k
+        if k.startswith(CONVOLUTIONAL) and k.endswith(".conv.weight") and ".skip." not in k and v.ndim > 2
     }
     stages: dict[int, list[Tensor]] = {}
     for name, tensor in convolutions.items():

@@ -73,17 +73,20 @@ def _kind(checkpoint: Mapping[str, Any], path: Path) -> str:
         )
     if isinstance(checkpoint.get("nnssl_adaptation_plan"), Mapping):
         architecture = _mapping(checkpoint["nnssl_adaptation_plan"].get("architecture_plans"))
-        return f"an nnssl checkpoint of {architecture.get('arch_class_name', 'an unnamed architecture')}"
+        name = architecture.get("arch_class_name")
+        return f"an nnssl checkpoint of {name if isinstance(name, str) else 'an unnamed architecture'}"
     if checkpoint.get("format") == FORMAT:
         check_checkpoint(checkpoint, f"--init {path}")
         origin = checkpoint
         what = "a pretraining checkpoint"
     else:
         origin = _mapping(checkpoint.get("init_args"))
-        what = f"an nnU-Net checkpoint of {checkpoint.get('trainer_name', 'an unknown trainer')}"
+        trainer = checkpoint.get("trainer_name")
+        what = f"an nnU-Net checkpoint of {trainer if isinstance(trainer, str) else 'an unknown trainer'}"
     plans = _mapping(origin.get("plans"))
-    where = (plans.get("dataset_name"), plans.get("plans_name"), origin.get("configuration"))
-    return f"{what}, {', '.join(map(str, where))}" if all(where) else what
+    names = (plans.get("dataset_name"), plans.get("plans_name"), origin.get("configuration"))
+    named = [name for name in names if isinstance(name, str) and name]
+    return ", ".join([what, *named]) if len(named) == len(names) else what
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

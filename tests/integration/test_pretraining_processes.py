@@ -32,7 +32,7 @@ SERVER = """
 import json, os, signal, sys, threading, traceback
 import matplotlib.backends.backend_agg, torch, torch._dynamo, torch.distributed, torch.utils.tensorboard
 import nnunetv2.utilities.crossval_split
-from pretraining import cli, config, loop, run, task
+from pretraining import cli, config, loop, recorder, run, task
 from pretraining.monitoring import monitor, progress
 from pretraining.pairs import keypoint_cache, loader
 
@@ -42,7 +42,8 @@ progress.draw_progress([{"epoch": 0.0, "alignment": 1.0}])
 torch.nn.parallel.DistributedDataParallel
 
 PLACES = [(os, "fsync"), (os, "replace"), (torch, "save"), (keypoint_cache.KeypointCache, "_detect"),
-          (loader.PairLoader, "sample"), (loop.Trainer, "step"), (monitor.Monitor, "evaluate"), (run, "plot_progress")]
+          (loader.PairLoader, "sample"), (loop.Trainer, "step"), (monitor.Monitor, "evaluate"),
+          (recorder, "plot_progress")]
 
 def count_calls(job):
     lock, calls = threading.Lock(), []
