@@ -44,7 +44,7 @@ RADIUS_MM = 10.0
 MATCH_VOXELS = 2.0
 """Keypoints of two views correspond if they are closer than this, in finest voxels, in the source image."""
 FEWEST_MATCHES = 8
-FLOW_QUERIES = 12
+FLOW_QUERIES = 32
 """Keypoints per view whose transport is computed: a maximum flow each."""
 
 

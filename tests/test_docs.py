@@ -34,6 +34,7 @@ OF_OTHERS = {
     "torchrun": {"--standalone", "--nnodes", "--nproc-per-node", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"},
     "slurm": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--cpus-per-task", "--time"}
     | {"--signal", "--requeue", "--open-mode"},
+    "kaf-doctor": {"--json"},
     "pip": {"--target"},
     "tensorboard": {"--logdir"},
     "benchmarks": {
