@@ -16,9 +16,11 @@ from nnunetv2_kaf.architecture import build_network
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import is_kaf, read_description, read_plans, resolve_configuration
 from nnunetv2_kaf.safe_load import load_safely, read_json
+from nnunetv2_kaf.schemas import Record, brief, check
 
 FINAL = "checkpoint_final.pth"
 INITIALIZATION_FILE = "kaf_initialization.json"
+CURVES = ("train_losses", "val_losses", "ema_fg_dice", "epoch_start_timestamps", "epoch_end_timestamps")
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,14 @@ class Fold:
         name: of the fold, a number or "all".
         folder: where it lies.
         weights: of the network.
-        logging: what nnU-Net recorded per epoch: train_losses, val_losses, ema_fg_dice, lrs, time stamps, ...
+        logging: what nnU-Net recorded per epoch, by the names in `CURVES`; empty if it recorded nothing.
         initialization: what the training started from, as nnUNetTrainerKAF recorded it; empty for other trainers.
     """
 
     name: str
     folder: Path
     weights: Mapping[str, Tensor]
-    logging: Mapping[str, Sequence[Any]]
+    logging: Mapping[str, Sequence[float]]
     initialization: Mapping[str, Any]
 
     @property
@@ -135,35 +137,73 @@ def open_model(folder: str | Path, folds: Sequence[str] | None = None, checkpoin
             "nnUNet_results, with plans.json, dataset.json and fold_*."
         )
     plans, dataset_json = read_plans(folder / "plans.json"), read_description(folder / "dataset.json")
-    files = _fold_files(folder, folds, checkpoint)
-    contents = [load_safely(file) for file in files]
-    for file, content in zip(files, contents, strict=True):
-        missing = [key for key in ("network_weights", "trainer_name", "init_args") if key not in content]
-        if missing:
-            raise KAFError(f"{file}: found no {', '.join(missing)}; expected a checkpoint of an nnU-Net training.")
-    configuration = str(contents[0]["init_args"]["configuration"])
-    resolve_configuration(plans, configuration, str(folder / "plans.json"))
-    axes = contents[0].get("inference_allowed_mirroring_axes")
+    # One after the other: a checkpoint also holds the state of the optimiser, which is not kept.
+    read = [_read_fold(file) for file in _fold_files(folder, folds, checkpoint)]
+    _, about = read[0]
+    resolve_configuration(plans, about.init_args.configuration, str(folder / "plans.json"))
+    axes = about.inference_allowed_mirroring_axes
     return TrainedModel(
         folder=folder,
         plans=plans,
         dataset_json=dataset_json,
-        configuration=configuration,
-        trainer=str(contents[0]["trainer_name"]),
-        mirror_axes=None if axes is None else tuple(int(a) for a in axes),
-        folds=tuple(_fold(file, content) for file, content in zip(files, contents, strict=True)),
+        configuration=about.init_args.configuration,
+        trainer=about.trainer_name,
+        mirror_axes=None if axes is None else tuple(axes),
+        folds=tuple(fold for fold, _ in read),
     )
 
 
-def _fold(file: Path, content: Mapping[str, Any]) -> Fold:
+class _InitArgs(Record):
+    """What is used of the arguments of a trainer."""
+
+    configuration: str
+
+
+class _Checkpoint(Record):
+    """What is used of a checkpoint of nnU-Net, besides the curves."""
+
+    network_weights: dict[str, Tensor]
+    trainer_name: str
+    init_args: _InitArgs
+    inference_allowed_mirroring_axes: tuple[int, ...] | list[int] | None = None
+
+
+def _read_fold(file: Path) -> tuple[Fold, _Checkpoint]:
+    """Read a checkpoint of a training.
+
+    Raises:
+        KAFError: it cannot be read safely, or an entry is missing or of another type.
+    """
+    content = load_safely(file, what="checkpoint of an nnU-Net training")
+    fix = "Give a model that nnU-Net has trained, or copy the file again."
+    about = check(_Checkpoint, content, str(file), fix)
     record = file.parent / INITIALIZATION_FILE
-    return Fold(
+    start = read_json(record, "Restore the file.") if record.is_file() else {}
+    if not isinstance(start, dict):
+        raise KAFError(f"{record}: found a {type(start).__name__}, expected a JSON object. Restore the file.")
+    logging = content.get("logging")
+    fold = Fold(
         name=file.parent.name.removeprefix("fold_"),
         folder=file.parent,
-        weights=content["network_weights"],
-        logging=content.get("logging") or {},
-        initialization=dict(read_json(record, "Restore the file.")) if record.is_file() else {},
+        weights=about.network_weights,
+        logging={name: _curve(logging, name, file) for name in CURVES} if isinstance(logging, dict) else {},
+        initialization=start,
     )
+    return fold, about
+
+
+def _curve(logging: Mapping[str, Any], name: str, file: Path) -> list[float]:
+    """One number per epoch; empty if the trainer records none.
+
+    Raises:
+        KAFError: it holds something else than numbers.
+    """
+    try:
+        return [float(value) for value in logging.get(name, [])]
+    except (TypeError, ValueError) as error:
+        raise KAFError(
+            f"{file}: logging.{name}: found {brief(logging[name])}, expected numbers. Copy the file again."
+        ) from error
 
 
 def _fold_files(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[Path]:

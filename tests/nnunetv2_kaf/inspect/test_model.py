@@ -83,3 +83,37 @@ def test_weights_of_another_network_are_an_error(write_model: Write, tmp_path: P
     model = open_model(folder)
     with pytest.raises(KAFError, match="builds another network than its plans describe"):
         model.build(model.folds[0])
+
+
+CHECKPOINT = {
+    "network_weights": [],
+    "trainer_name": 7,
+    "init_args": "3d_fullres",
+    "inference_allowed_mirroring_axes": "all",
+}
+
+
+@pytest.mark.parametrize("name", [*CHECKPOINT, "logging"])
+def test_a_damaged_checkpoint_is_named_with_the_entry(name: str, write_model: Write, tmp_path: Path) -> None:
+    file = write_model(tmp_path / "m") / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(file, weights_only=False)
+    content[name] = {"train_losses": ["a"]} if name == "logging" else CHECKPOINT[name]
+    torch.save(content, file)
+    with pytest.raises(KAFError, match=name) as caught:
+        open_model(tmp_path / "m")
+    assert str(file) in str(caught.value)
+
+
+def test_plans_that_name_a_command_are_refused(
+    write_model: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_model(tmp_path / "m")
+    plans = json.loads((folder / "plans.json").read_text())
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = "subprocess.Popen"
+    architecture["arch_kwargs"]["args"] = ["touch", "evil"]
+    (folder / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(KAFError, match=r"subprocess\.Popen"):
+        open_model(folder).build(None)
+    assert not (tmp_path / "evil").exists()
