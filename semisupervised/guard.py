@@ -12,8 +12,12 @@ from torch import distributed as dist
 
 LOWEST = 1 / 16
 """The weight is never lowered further than to this share."""
+INCOMPLETE = 0.5
+"""Share of the weight while a class has not appeared in the pseudo-labels yet."""
 VANISHED = 0.05
-"""A class has vanished if it is this share of its largest share so far, or absent."""
+"""A class has vanished if it falls below this share of its largest share so far."""
+ESTABLISHED = 5
+"""Epochs in a row after which a class is there to stay, so that its absence is a collapse."""
 FALL = 0.15
 """A fall of the agreement below its best by more than this is a collapse."""
 FORGET = 0.98
@@ -25,51 +29,77 @@ class Guard:
     """Judges every epoch, and lowers the weight of the unlabelled loss while there is a collapse.
 
     Attributes:
-        names: of the foreground classes or regions.
-        factor: of the weight; halved by every epoch with a collapse, doubled by every other one up to 1.
-        largest: largest share of each class in the sure voxels so far.
-        best: best agreement so far.
+        names: Of the foreground classes or regions.
+        factor: Of the weight; halved by every epoch with a collapse, doubled by every other one up to 1, or up to 0.5
+            while a class has not appeared in the pseudo-labels yet.
+        largest: Largest share of each class in the sure voxels so far.
+        present: Epochs in a row in which each class has been there.
+        best: Best agreement since the ramp-up.
     """
 
     names: Sequence[str]
     factor: float = 1.0
     largest: list[float] = field(default_factory=list)
+    present: list[int] = field(default_factory=list)
     best: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Start with no class seen."""
+        self.largest = self.largest or [0.0] * len(self.names)
+        self.present = self.present or [0] * len(self.names)
 
     def judge(self, shares: Sequence[float], agreement: float, learned: bool) -> list[str]:
         """Judge an epoch.
 
         Args:
-            shares: of each foreground class in the sure voxels.
-            agreement: of teacher and network on labelled training patches, a Dice from 0 to 1.
-            learned: whether the ramp-up is over; before, a class that is not there yet has not vanished.
+            shares: Of each foreground class in the sure voxels.
+            agreement: Of teacher and network on labelled training patches, a Dice from 0 to 1.
+            learned: Whether the ramp-up is over; before, nothing is a collapse.
 
         Returns:
             What is wrong, in words; nothing if all is well.
         """
-        before = self.largest or [0.0] * len(self.names)
-        reasons = [
-            f"class {name} vanishes from the pseudo-labels ({share:.2g} of the sure voxels, {most:.2g} at most so far)"
-            for name, share, most in zip(self.names, shares, before, strict=True)
-            if learned and (share == 0 or share < VANISHED * most)
-        ]
-        if learned and agreement < self.best - FALL:
-            reasons.append(
-                f"teacher and network agree less on labelled training patches ({agreement:.2f}, {self.best:.2f} at "
-                "best so far)"
-            )
-        self.largest = [max(share, FORGET * most) for share, most in zip(shares, before, strict=True)]
-        self.best = max(agreement, FORGET * self.best)
-        self.factor = max(LOWEST, self.factor / 2) if reasons else min(1.0, self.factor * 2)
-        return reasons
+        collapse, waiting = [], []
+        for i, (name, share) in enumerate(zip(self.names, shares, strict=True)):
+            most = self.largest[i]
+            gone = share == 0 or share < VANISHED * most
+            if gone and self.present[i] >= ESTABLISHED and learned:
+                collapse.append(
+                    f"class {name} vanishes from the pseudo-labels ({share:.2g} of the sure voxels, {most:.2g} at most "
+                    "so far)"
+                )
+            elif share == 0 and self.present[i] < ESTABLISHED and learned:
+                waiting.append(f"class {name} has not appeared in the pseudo-labels yet")
+            if not gone:
+                self.present[i] += 1
+            elif self.present[i] < ESTABLISHED:
+                self.present[i] = 0
+            self.largest[i] = max(share, FORGET * most)
+        if learned:
+            if agreement < self.best - FALL:
+                collapse.append(
+                    f"teacher and network agree less on labelled training patches ({agreement:.2f}, {self.best:.2f} at "
+                    "best so far)"
+                )
+            self.best = max(agreement, FORGET * self.best)
+        self.factor = max(LOWEST, self.factor / 2) if collapse else min(1.0, self.factor * 2)
+        if waiting:
+            self.factor = min(INCOMPLETE, self.factor)
+        return [*collapse, *waiting]
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued training needs; primitives."""
-        return {"factor": self.factor, "largest": list(self.largest), "best": self.best}
+        return {
+            "factor": self.factor,
+            "largest": list(self.largest),
+            "present": list(self.present),
+            "best": self.best,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state saved by `state_dict`."""
-        self.factor, self.largest, self.best = state["factor"], list(state["largest"]), state["best"]
+        self.factor, self.best = state["factor"], state["best"]
+        self.largest, self.present = list(state["largest"]), list(state["present"])
 
 
 class EpochSums:

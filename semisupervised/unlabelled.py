@@ -211,7 +211,12 @@ def _of_pretraining(task: Task, path: Path, run: Mapping[str, Any]) -> Images:
             f"images with {VARIABLE} (folders or datasets)."
         )
     own = set(PreprocessedImages(task.image_folder, task.preprocess_command).identifiers)
-    cases = [str(case) for case in run["cases"]]
+    cases = run.get("cases")
+    if not isinstance(cases, list) or not cases or not all(isinstance(case, str) for case in cases):
+        raise KAFError(
+            f"the pretraining {path} does not say which images it used (expected a list of cases). Run kaf-pretrain "
+            f"again, or name the unlabelled images with {VARIABLE}."
+        )
     further = {case: _cached(task, case) for case in cases if "/" in case}
     missing = [case for case in cases if case not in further and case not in own]
     missing += [case for case, file in further.items() if file is None]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from semisupervised.guard import LOWEST, EpochSums, Guard
+from semisupervised.guard import ESTABLISHED, LOWEST, EpochSums, Guard
 
 
 def test_a_healthy_training_keeps_its_weight():
@@ -11,40 +11,53 @@ def test_a_healthy_training_keeps_its_weight():
     assert guard.factor == 1
 
 
+def healthy(guard, epochs=ESTABLISHED):
+    for _ in range(epochs):
+        assert not guard.judge([0.1, 0.02], 0.9, learned=True)
+    return guard
+
+
 def test_a_class_that_vanishes_lowers_the_weight_until_it_is_back():
-    guard = Guard(["a", "b"])
-    guard.judge([0.1, 0.02], 0.9, learned=True)
+    guard = healthy(Guard(["a", "b"]))
     (reason,) = guard.judge([0.1, 0.0005], 0.9, learned=True)
-    assert "class b" in reason
+    assert "class b vanishes" in reason
     assert guard.factor == 0.5
     for _ in range(10):
         guard.judge([0.1, 0.0], 0.9, learned=True)
     assert guard.factor == LOWEST
-    for _ in range(4):
-        assert not guard.judge([0.1, 0.02], 0.9, learned=True)
+    healthy(guard, 4)
     assert guard.factor == 1
 
 
-def test_a_class_that_is_not_there_yet_has_not_vanished():
-    guard = Guard(["a"])
-    assert not guard.judge([0.0], 0.1, learned=False)
-    assert guard.judge([0.0], 0.1, learned=True)
+def test_a_class_that_is_not_there_yet_halves_the_weight_and_no_more():
+    guard = Guard(["a", "b"])
+    assert not guard.judge([0.1, 0.0], 0.1, learned=False), "during the ramp-up nothing is a collapse"
+    assert guard.factor == 1
+    for share in (0.0, 1e-6, 0.0, 0.0):  # a few voxels by chance do not make a class
+        reasons = guard.judge([0.1, share], 0.5, learned=True)
+        assert [("b has not appeared" in reason) for reason in reasons] == [True] * (share == 0)
+    assert guard.factor == 0.5
+    healthy(guard, 1)
+    assert guard.factor == 1
 
 
 def test_falling_agreement_lowers_the_weight():
     guard = Guard(["a"])
-    guard.judge([0.1], 0.9, learned=True)
-    assert not guard.judge([0.1], 0.8, learned=True)
-    (reason,) = guard.judge([0.1], 0.6, learned=True)
+    guard.judge([0.1], 0.99, learned=False)
+    guard.judge([0.1], 0.8, learned=True)
+    assert not guard.judge([0.1], 0.7, learned=True), "what was before the ramp-up's end does not count"
+    (reason,) = guard.judge([0.1], 0.5, learned=True)
     assert "agree less" in reason
+    assert guard.factor == 0.5
 
 
 def test_a_continued_guard_judges_alike():
-    first = Guard(["a"])
-    first.judge([0.1], 0.9, learned=True)
-    second = Guard(["a"])
+    first = healthy(Guard(["a", "b"]))
+    second = Guard(["a", "b"])
     second.load_state_dict(first.state_dict())
-    assert second.judge([0.001], 0.9, learned=True) == first.judge([0.001], 0.9, learned=True)
+    reasons = second.judge([0.001, 0.02], 0.9, learned=True)
+    assert reasons == first.judge([0.001, 0.02], 0.9, learned=True)
+    assert len(reasons) == 1
     assert second == first
 
 

@@ -142,7 +142,7 @@ def test_the_weight_grows_over_the_ramp_and_the_guard_lowers_it(make_dataset):
 def test_a_collapse_is_said_in_the_log_and_lowers_the_weight(make_dataset):
     trainer = make_dataset().trainer(num_epochs=3, unlabelled_ramp=0.0)
     trainer.on_train_start()
-    trainer._guard.largest, trainer._guard.best = [0.5, 0.5], 0.0
+    trainer._guard.largest, trainer._guard.present = [0.5, 0.5], [9, 9]
     trainer.on_train_epoch_start()
     background = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
     trainer._sums.add_pseudo_labels(background, background == 0)
