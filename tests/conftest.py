@@ -89,15 +89,22 @@ def write_model() -> Callable[..., Path]:
     """Write a model folder in nnU-Net's layout, with random weights that the fusion takes part in."""
 
     def write(
-        folder: Path, ndim: int = 3, network: str = "kaf", folds: tuple[str, ...] = ("0",), channels: int = 1
+        folder: Path,
+        ndim: int = 3,
+        network: str = "kaf",
+        folds: tuple[str, ...] = ("0",),
+        channels: int = 1,
+        style: Any = "plain",
     ) -> Path:
         import phantoms
         import torch
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+        from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
         plans = model_plans(ndim, channels, network)
         ((name, configuration),) = plans["configurations"].items()
-        description = phantoms.dataset_json(phantoms.PhantomConfig(channels=channels))
+        description = phantoms.dataset_json(phantoms.PhantomConfig(channels=channels, style=style))
+        heads = LabelManager(description["labels"], description.get("regions_class_order")).num_segmentation_heads
         folder.mkdir(parents=True)
         (folder / "plans.json").write_text(json.dumps(plans))
         (folder / "dataset.json").write_text(json.dumps(description))
@@ -106,7 +113,7 @@ def write_model() -> Callable[..., Path]:
             architecture = configuration["architecture"]
             net = get_network_from_plans(
                 architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"],
-                channels, 4, allow_init=True, deep_supervision=True,
+                channels, heads, allow_init=True, deep_supervision=True,
             )  # fmt: skip
             for parameter in net.parameters():
                 if not parameter.any():

@@ -17,6 +17,8 @@ from PIL import Image, ImageColor
 
 from kaf_report import cli
 from kaf_report.canvas import SCALE_COLORS
+from kaf_report.pair_figures import COLORS
+from pretraining.cli import main as pretrain
 
 NASTY = "a<b onload=alert(1)>&\"'$x_{"
 NASTY_LABEL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>$\\frac{"
@@ -116,4 +118,21 @@ def test_the_slider_moves_to_another_keypoint(browser: Any, report: Path) -> Non
         assert one[2].shape != other[2].shape or (one[2] != other[2]).mean() > 0.01
     assert all(near(image, "#00e5ff") > 30 for _, _, image in states)  # the cross at the query
     assert seen.messages == []
+    seen.page.close()
+
+
+def test_the_page_of_a_pretraining(browser: Any, tiny: Any, fast: list[str], tmp_path: Path) -> None:
+    tiny.add_cases(5)
+    assert pretrain(["-d", "123", "-c", "3d_fullres", *fast, "--output", str(tmp_path / "run")]) == 0
+    assert cli.main([str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--pairs", "2"]) == 0
+    seen = look(browser, tmp_path / "out" / "report.html")
+    slider = seen.page.locator(".slider").first
+    first = slider.locator("figure.frame:visible")
+    before, text = pixels(first.locator("img")), first.inner_text()
+    assert near(before, COLORS["right"]) + near(before, COLORS["wrong"]) > 5
+    slider.locator("input").press("ArrowRight")
+    assert slider.locator("output").inner_text() == "2 of 2"
+    assert slider.locator("figure.frame:visible").inner_text() != text
+    assert seen.messages == []
+    assert all(url.startswith(("data:", "file:")) for url in seen.requests)
     seen.page.close()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kaf_report import cli, model_report
+from kaf_report import case_report, cli
 from nnunetv2_kaf.inspect import open_model, view_case
 
 Write = Callable[..., Path]
@@ -105,6 +105,13 @@ def test_a_plain_model_shows_what_it_has_and_says_why_not(
     assert "mean Dice" in page.text
 
 
+def test_regions_have_their_own_scores(write_model: Write, phantom_data: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", style="regions")
+    page = report(model, tmp_path / "out", *data_of(phantom_data), "--keypoints", 1, "--disable-mirroring")
+    header = page.text[page.text.index("95 % Hausdorff") : page.text.index("mean Dice")]
+    assert [name in header for name in ("heart", "left_heart", "LV")] == [True] * 3
+
+
 def test_an_image_without_a_label(write_model: Write, phantom_data: Path, tmp_path: Path) -> None:
     page = report(write_model(tmp_path / "m"), tmp_path / "out", "-i", phantom_data / "imagesTs", "--keypoints", 1)
     assert "No label file" in page.text
@@ -157,8 +164,8 @@ def test_a_keypoint_of_every_structure_is_chosen_first(write_model: Write, phant
     )
     view = view_case(open_model(write_model(tmp_path / "m")), images, label, mirror=False)
     assert view.keypoints is not None
-    under = model_report._labels_at(view)
-    chosen = model_report.choose(view, 8)
+    under = case_report.labels_at(view)
+    chosen = case_report.choose(view, 8)
     assert len(chosen) == len(set(chosen)) == 8
     structures = set(under[under > 0].tolist())
     assert structures
