@@ -170,10 +170,10 @@ def summarise(seconds: Mapping[str, Sequence[tuple[float, float]]], pairs: int) 
 
 def density(batches: Sequence[Batch]) -> dict[str, Any]:
     """How many keypoints and matches there are."""
-    valid = torch.cat([batch.valid.sum(1) for batch in batches]).float()
+    valid = torch.cat([batch.keypoints.valid.sum(1) for batch in batches]).float()
     matched = torch.cat([(batch.matches >= 0).sum(1) for batch in batches]).float()
     return {
-        "keypoints_at_most": batches[0].valid.shape[1],
+        "keypoints_at_most": batches[0].keypoints.valid.shape[1],
         "valid_keypoints_per_view": round(float(valid.mean()), 1),
         "matches_per_pair": round(float(matched.mean()), 1),
     }

@@ -159,8 +159,8 @@ def describe(loader: PairLoader, model: PretrainingModel, pairs: int, device: to
     for step in range(-(-pairs // loader.batch_size)):
         batch = loader.batch(step).to(device)
         views = batch.rendered(loader.patch_size)
-        descriptors, vectors = model.describe(views, batch.coords, batch.valid)
-        arrays = (views[:, 0], batch.coords, batch.valid, descriptors.float(), vectors.float())
+        descriptors, vectors = model.describe(views, batch.keypoints)
+        arrays = (views[:, 0], *batch.keypoints, descriptors.float(), vectors.float())
         size = len(batch.matches)
         first, second = ([a[:size].cpu().numpy() for a in arrays], [a[size:].cpu().numpy() for a in arrays])
         parts.append((first, second, batch.matches.cpu().numpy(), batch.cases[:size], batch.cases[size:]))

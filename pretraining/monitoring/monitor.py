@@ -108,9 +108,9 @@ class Monitor:
             batch = batch.to(self.device)
             views = batch.rendered(self.patch_size)
             with autocast(self.device.type, dtype):
-                descriptors, vectors = model.describe(views, batch.coords, batch.valid)
+                descriptors, vectors = model.describe(views, batch.keypoints)
             one, two = descriptors.float().chunk(2)
-            found, matched = recall_hits(one, two, batch.valid.chunk(2)[1], batch.matches)
+            found, matched = recall_hits(one, two, batch.keypoints.valid.chunk(2)[1], batch.matches)
             hits, count = hits + found.cpu(), count + float(matched)
             for part, vector in zip((first, second), vectors.float().chunk(2), strict=True):
                 part.append(vector)

@@ -68,35 +68,34 @@ class PretrainingModel(nn.Module):
             Matcher(config.descriptor_dim, config.transport_layers, num_heads=4) if "transport" in losses else None
         )
 
-    def forward(self, views: Tensor, coords: Tensor, valid: Tensor) -> Embeddings:
-        """Embed.
+    def forward(self, views: Tensor, points: Keypoints) -> Embeddings:
+        """Embed views and their keypoints.
 
         Args:
             views: (2B, C, *V), first sides before second sides.
-            coords: (2B, K, D) keypoints in view voxels.
-            valid: (2B, K) bool.
+            points: (2B, K, D) coordinates in view voxels, and validity.
         """
-        skips, tokens = self._encode(views, coords, valid)
+        skips, tokens = self._encode(views, points)
         bottleneck = keypoints = descriptors = matching = dustbin = None
         if self.bottleneck_head is not None:
             bottleneck = self.bottleneck_head(pool_grid(skips[-1], self.cells))
         if self.descriptor_head is not None:
             descriptors = self.descriptor_head(tokens)
         if self.keypoint_head is not None and descriptors is not None:
-            keypoints = self.keypoint_head(masked_mean(descriptors, valid))
+            keypoints = self.keypoint_head(masked_mean(descriptors, points.valid))
         if self.matcher is not None and descriptors is not None:
-            matching = torch.cat(self.matcher(*descriptors.chunk(2), *valid.chunk(2)))
+            matching = torch.cat(self.matcher(*descriptors.chunk(2), *points.valid.chunk(2)))
             # Not the parameter itself: distributed training looks for parameters behind the outputs.
             dustbin = self.matcher.dustbin.clone()
-        return Embeddings(bottleneck, keypoints, descriptors, matching, dustbin, valid)
+        return Embeddings(bottleneck, keypoints, descriptors, matching, dustbin, points.valid)
 
     @torch.no_grad()
-    def describe(self, views: Tensor, coords: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what shows whether the encoder learns: descriptors (2B, K, F) and pooled bottlenecks (2B, C).
+    def describe(self, views: Tensor, points: Keypoints) -> tuple[Tensor, Tensor]:
+        """What shows whether the encoder learns: descriptors (2B, K, F) and pooled bottlenecks (2B, C).
 
         Without a descriptor head, a point is described by the features of all encoder levels at its voxel.
         """
-        skips, tokens = self._encode(views, coords, valid)
+        skips, tokens = self._encode(views, points)
         pooled = pool_grid(skips[-1], self.cells)
         if self.bottleneck_head is not None:
             pooled = self.bottleneck_head(pooled)
@@ -105,13 +104,13 @@ class PretrainingModel(nn.Module):
         features = []
         for skip in skips:
             stride = [a // b for a, b in zip(views.shape[2:], skip.shape[2:], strict=True)]
-            found = token_ops.gather(skip, voxel_index(coords, skip.shape[2:], stride))
+            found = token_ops.gather(skip, voxel_index(points.coords, skip.shape[2:], stride))
             features.append(functional.normalize(found.float(), dim=2))
         return torch.cat(features, dim=2), pooled
 
-    def _encode(self, views: Tensor, coords: Tensor, valid: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the maps of all encoder levels and, of a `KAFEncoder`, the tokens of its layers."""
+    def _encode(self, views: Tensor, points: Keypoints) -> tuple[list[Tensor], list[Tensor]]:
+        """The maps of all encoder levels and, of a `KAFEncoder`, the tokens of its layers."""
         if not isinstance(self.encoder, KAFEncoder):
             return self.encoder(views), []
-        output = self.encoder.forward_features(views, Keypoints(coords, valid))
+        output = self.encoder.forward_features(views, points)
         return output.skips, output.tokens

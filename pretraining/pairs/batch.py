@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nnunetv2_kaf.keypoints import Keypoints
 from pretraining.pairs.render import Recipe, join, render
 
 
@@ -18,16 +19,14 @@ class PairSample:
     Attributes:
         cases: Identifiers of the two sides.
         views: (2, C, *V) float32, or the recipe to render them from.
-        coords: (2, K, D) float32 keypoints in view voxels, 0 where invalid.
-        valid: (2, K) bool.
+        keypoints: (2, K, D) float32 coordinates in view voxels, and validity.
         matches: (K,) long: index into the second side's keypoints, or -1.
         positions: (2, A) float32 normalised positions along the volume.
     """
 
     cases: tuple[str, str]
     views: Tensor | Recipe
-    coords: Tensor
-    valid: Tensor
+    keypoints: Keypoints
     matches: Tensor
     positions: Tensor
 
@@ -39,25 +38,23 @@ class Batch:
     Attributes:
         cases: 2B identifiers.
         views: (2B, C, *V), or the recipe to render them from.
-        coords: (2B, K, D).
-        valid: (2B, K) bool.
+        keypoints: (2B, K, D) coordinates in view voxels, and validity.
         matches: (B, K) long.
         positions: (2B, A).
     """
 
     cases: tuple[str, ...]
     views: Tensor | Recipe
-    coords: Tensor
-    valid: Tensor
+    keypoints: Keypoints
     matches: Tensor
     positions: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The batch with everything on `device`."""
         coords, valid, matches, positions = (
-            t.to(device, non_blocking=True) for t in (self.coords, self.valid, self.matches, self.positions)
+            t.to(device, non_blocking=True) for t in (*self.keypoints, self.matches, self.positions)
         )
-        return Batch(self.cases, self.views.to(device), coords, valid, matches, positions)
+        return Batch(self.cases, self.views.to(device), Keypoints(coords, valid), matches, positions)
 
     def rendered(self, shape: Sequence[int]) -> Tensor:
         """The views (2B, C, *V), computed on the batch's device if that has not been done yet."""
@@ -67,20 +64,25 @@ class Batch:
 def collate(samples: Sequence[PairSample]) -> Batch:
     """Stack samples into a batch; nothing is cut."""
 
-    def sides(name: str) -> Tensor:
-        stacked = torch.stack([getattr(sample, name) for sample in samples], dim=1)
-        return stacked.flatten(0, 1)
+    def sides(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(tensors), dim=1).flatten(0, 1)
 
     first = [sample.views for sample in samples if isinstance(sample.views, Recipe)]
-    views: Tensor | Recipe = _sides_of(join(first)) if first else sides("views")
+    views: Tensor | Recipe = _sides_of(join(first)) if first else sides(_rendered(samples))
     return Batch(
         cases=tuple(sample.cases[side] for side in (0, 1) for sample in samples),
         views=views,
-        coords=sides("coords"),
-        valid=sides("valid"),
+        keypoints=Keypoints(*(sides(tensors) for tensors in zip(*(s.keypoints for s in samples), strict=True))),
         matches=torch.stack([sample.matches for sample in samples]),
-        positions=sides("positions"),
+        positions=sides(sample.positions for sample in samples),
     )
+
+
+def _rendered(samples: Iterable[PairSample]) -> Iterator[Tensor]:
+    """The views of samples that are rendered already."""
+    for sample in samples:
+        assert isinstance(sample.views, Tensor)
+        yield sample.views
 
 
 def _sides_of(recipe: Recipe) -> Recipe:

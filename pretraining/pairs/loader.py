@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_kaf.coordinates import from_centre
+from nnunetv2_kaf.keypoints import Keypoints
 from pretraining.config import PretrainConfig
 from pretraining.data.images import PreprocessedImages
 from pretraining.pairs.batch import Batch, PairSample, collate
@@ -78,8 +79,7 @@ class PairLoader:
         return PairSample(
             cases=(pair.first.case, pair.second.case),
             views=recipe if self.render_later else render(recipe, self.patch_size),
-            coords=torch.stack([coords for _, coords, _ in points]),
-            valid=torch.stack([valid for _, _, valid in points]),
+            keypoints=Keypoints(*map(torch.stack, zip(*(placed for _, placed in points), strict=True))),
             matches=matches,
             positions=torch.tensor([pair.first.position, pair.second.position], dtype=torch.float32),
         )
@@ -114,8 +114,8 @@ class PairLoader:
         """All cases in a fixed order, each with the cases of its patient."""
         return [(case, patient) for patient in self.patients.values() for case in patient]
 
-    def _points(self, side: Side, control: np.ndarray) -> tuple[SourceKeypoints, Tensor, Tensor]:
-        """Return the strongest K keypoints that a view shows: in the source (K or fewer), and (K, D), (K,) padded."""
+    def _points(self, side: Side, control: np.ndarray) -> tuple[SourceKeypoints, Keypoints]:
+        """The strongest K keypoints that a view shows: in the source (K or fewer), and in the view (padded to K)."""
         found = self.keypoints.read(side.case, self.images.path(side.case), side.slice_index)
         count = self.keypoints.config.num_keypoints
         placed, inside = to_view(control, self.patch_size, found.coords.astype(np.float64))
@@ -124,7 +124,7 @@ class PairLoader:
         coords[: len(chosen)] = torch.from_numpy(placed[chosen].astype(np.float32))
         valid[: len(chosen)] = True
         shown = SourceKeypoints(found.coords[chosen], found.descriptors[chosen])
-        return shown, coords, valid
+        return shown, Keypoints(coords, valid)
 
     def _match(self, pair: Pair, first: SourceKeypoints, second: SourceKeypoints) -> Tensor:
         """Match the points that two views show, (K,) long."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from nnunetv2_kaf.keypoints import Keypoints
 from pretraining.config import PretrainConfig
 from pretraining.pairs.batch import PairSample, collate
 from pretraining.pairs.render import make_recipe, render
@@ -16,8 +17,10 @@ def sample(case: str, value: float) -> PairSample:
     return PairSample(
         cases=(case, case + "'"),
         views=torch.stack([torch.full((1, 4, 5), value), torch.full((1, 4, 5), -value)]),
-        coords=torch.stack([torch.full((3, 2), value), torch.full((3, 2), -value)]),
-        valid=torch.tensor([[True, True, False], [True, False, False]]),
+        keypoints=Keypoints(
+            torch.stack([torch.full((3, 2), value), torch.full((3, 2), -value)]),
+            torch.tensor([[True, True, False], [True, False, False]]),
+        ),
         matches=torch.tensor([0, -1, -1]),
         positions=torch.tensor([[value], [value + 1]]),
     )
@@ -27,8 +30,8 @@ def test_first_sides_come_before_second_sides() -> None:
     batch = collate([sample("a", 1), sample("b", 2)]).to(CPU)
     assert batch.cases == ("a", "b", "a'", "b'")
     assert batch.rendered((4, 5))[:, 0, 0, 0].tolist() == [1, 2, -1, -2]
-    assert batch.coords[:, 0, 0].tolist() == [1, 2, -1, -2]
-    assert batch.valid.sum(1).tolist() == [2, 2, 1, 1]
+    assert batch.keypoints.coords[:, 0, 0].tolist() == [1, 2, -1, -2]
+    assert batch.keypoints.valid.sum(1).tolist() == [2, 2, 1, 1]
     assert batch.positions[:, 0].tolist() == [1, 2, 2, 3]
     assert batch.matches.tolist() == [[0, -1, -1]] * 2
 
@@ -43,6 +46,6 @@ def test_rendering_later_gives_the_same_views() -> None:
         recipe = make_recipe([image, image], [(0, 0)] * 2, controls, drawn)
         views.append(render(recipe, (12, 9)))
         base = sample(str(i), i)
-        samples.append(PairSample(base.cases, recipe, base.coords, base.valid, base.matches, base.positions))
+        samples.append(PairSample(base.cases, recipe, base.keypoints, base.matches, base.positions))
     expected = torch.cat([v[side : side + 1] for side in (0, 1) for v in views])
     assert torch.allclose(collate(samples).to(CPU).rendered((12, 9)), expected, atol=1e-4)

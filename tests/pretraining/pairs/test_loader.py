@@ -15,9 +15,15 @@ Make = Callable[..., PairLoader]
 CONFIGURATIONS = ["2d", "3d_fullres"]
 
 
+def by_side(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """The tensors with a row for each side of a pair."""
+    assert isinstance(batch.views, torch.Tensor)
+    return batch.views, *batch.keypoints, batch.positions
+
+
 def same(one: Batch, two: Batch) -> bool:
-    names = ("views", "coords", "valid", "matches", "positions")
-    return one.cases == two.cases and all(torch.equal(getattr(one, n), getattr(two, n)) for n in names)
+    tensors = [(*by_side(batch), batch.matches) for batch in (one, two)]
+    return one.cases == two.cases and all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -32,7 +38,7 @@ def test_threads_and_start_do_not_change_the_batches(tiny: Any, make_loader: Mak
     assert not same(plain[0], make_loader(configuration, seed=1).batch(0))
     assert not same(plain[0], make_loader(configuration, stream=1).batch(0))
     assert plain[0].rendered(loader.patch_size).shape == (8, 1, *loader.patch_size)
-    assert plain[0].coords.shape == (8, 48, len(loader.patch_size))
+    assert plain[0].keypoints.coords.shape == (8, 48, len(loader.patch_size))
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -40,9 +46,9 @@ def test_processes_share_a_batch(tiny: Any, make_loader: Make, configuration: st
     tiny.add_cases(5)
     whole = make_loader(configuration).batch(3)
     halves = [make_loader(configuration, rank=rank, world_size=2).batch(3) for rank in (0, 1)]
-    for name in ("views", "coords", "valid", "positions"):
-        first, second = zip(*[getattr(half, name).chunk(2) for half in halves], strict=True)
-        assert torch.equal(getattr(whole, name), torch.cat([*first, *second])), name
+    for expected, *parts in zip(*map(by_side, (whole, *halves)), strict=True):
+        first, second = zip(*[part.chunk(2) for part in parts], strict=True)
+        assert torch.equal(expected, torch.cat([*first, *second]))
     assert torch.equal(whole.matches, torch.cat([half.matches for half in halves]))
 
 
@@ -80,7 +86,7 @@ def test_points_lie_on_their_places_in_the_views(tiny: Any, make_loader: Make, c
         image = loader.images.read(side.case, (slice(None),) * 3)[0]
         image = image if side.slice_index is None else image[side.slice_index]
         shown = views[row, 0].numpy()
-        points = batch.coords[row, batch.valid[row]].round().long().numpy()
+        points = batch.keypoints.coords[row, batch.keypoints.valid[row]].round().long().numpy()
         inner = ((points >= 1) & (points < np.array(shown.shape) - 1)).all(1)
         at_points = shown[tuple(points[inner].T)]
         # the intensities at the detected voxels are the only candidates
@@ -101,8 +107,8 @@ def test_matches_follow_the_known_transforms(tiny: Any, make_loader: Make, confi
         sample = loader.sample(0, index)
         matched = sample.matches >= 0
         assert matched.sum() > 5
-        assert sample.valid[0][matched].all()
-        assert sample.valid[1][sample.matches[matched]].all()
+        assert sample.keypoints.valid[0][matched].all()
+        assert sample.keypoints.valid[1][sample.matches[matched]].all()
         assert len(set(sample.matches[matched].tolist())) == int(matched.sum())
 
 
@@ -111,8 +117,8 @@ def test_matches_are_identities_when_the_views_are_equal(tiny: Any, make_loader:
     loader = make_loader("2d", spatial=0.0, shift=0.0, mirror=0.0)
     batch = loader.batch(0)
     index = torch.arange(48).expand(4, -1)
-    assert torch.equal(batch.matches[batch.valid[:4]], index[batch.valid[:4]])
-    assert (batch.matches[~batch.valid[:4]] == -1).all()
+    assert torch.equal(batch.matches[batch.keypoints.valid[:4]], index[batch.keypoints.valid[:4]])
+    assert (batch.matches[~batch.keypoints.valid[:4]] == -1).all()
 
 
 def test_neighbouring_slices_are_matched_by_appearance(tiny: Any, make_loader: Make) -> None:
@@ -120,8 +126,8 @@ def test_neighbouring_slices_are_matched_by_appearance(tiny: Any, make_loader: M
     tiny.add("same_slices", np.repeat(plane, 6, axis=1))
     batch = make_loader("2d", spatial=0.0, shift=0.0, mirror=0.0).batch(0)
     matched = batch.matches >= 0
-    assert matched[batch.valid[:4]].float().mean() > 0.9
-    first, second = batch.coords.chunk(2)
+    assert matched[batch.keypoints.valid[:4]].float().mean() > 0.9
+    first, second = batch.keypoints.coords.chunk(2)
     partner = second.gather(1, batch.matches.clamp_min(0).unsqueeze(2).expand(-1, -1, 2))
     assert torch.equal(partner[matched], first[matched])
 
@@ -155,7 +161,7 @@ def test_degenerate_volumes(tiny: Any, make_loader: Make, shape: tuple[int, ...]
     loader = make_loader(configuration)
     for batch in loader.batches(0, 3):
         assert torch.isfinite(batch.rendered(loader.patch_size)).all()
-        assert torch.isfinite(batch.coords).all()
+        assert torch.isfinite(batch.keypoints.coords).all()
 
 
 def test_an_error_in_a_thread_reaches_the_caller(tiny: Any, make_loader: Make) -> None:
