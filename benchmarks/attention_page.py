@@ -45,7 +45,8 @@ every network. How it was measured, and the command that repeats it: the head of
   within 10 mm. **Spread**: exp(entropy) / number of keypoints; 1 = equal everywhere.
 - Means over cases, patients and the networks of a kind; intervals are 95 % bootstrap intervals over patients.
   Differences are paired by patient; p is that of a Wilcoxon signed-rank test, not corrected for the number of
-  comparisons. Pretraining itself shows the network views with such transformations, of other patients.
+  comparisons. "Higher" and "lower" need an interval without 0 and p below 0.05. Pretraining itself shows
+  the network views with such transformations, of other patients.
 """
 
 
@@ -172,13 +173,15 @@ def verdicts(document: Mapping[str, Any]) -> list[str]:
 
 
 def verdict(document: Mapping[str, Any], ours: str, theirs: str, measure: str, name: str) -> str:
-    """Compare two kinds of network in one measure; the words follow the interval of the paired difference."""
+    """Compare two kinds of network in one measure; words of a difference need its interval and the p value."""
     values: Sequence[dict[str, float]] = [by_patient(document, kind, measure) for kind in (ours, theirs)]
     if not values[0].keys() & values[1].keys():
         return f"{NAMES[ours]} against {NAMES[theirs]}, {name}: not measured on the same patients"
     difference = stats.difference(values[0], values[1], np.random.default_rng(0))
     mean = difference.mean
-    words = "higher" if mean.low > 0 else "**lower**" if mean.high < 0 else "no clear difference"
+    words = "no clear difference"
+    if difference.p < 0.05 and not mean.low <= 0 <= mean.high:
+        words = "higher" if mean.value > 0 else "**lower**"
     return (
         f"{NAMES[ours]} against {NAMES[theirs]}, {name}: {words} ({mean.value:+.3f}, {mean.low:+.3f} to "
         f"{mean.high:+.3f}, p = {difference.p:.2g})"

@@ -157,3 +157,8 @@ def test_networks_that_detect_other_keypoints_are_not_compared(write_model: Writ
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path) -> None:
     attention_page.write_page(attention.RESULTS, tmp_path / "page.md")
     assert attention_page.PAGE.read_text() == (tmp_path / "page.md").read_text()
+
+
+def test_two_patients_show_no_difference() -> None:
+    found = attention_page.verdicts(document([0.9, 0.9], [0.1, 0.1]))
+    assert "no clear difference (+0.8" in found[0]
