@@ -28,13 +28,13 @@ class TrainingState:
     """What changes during a run, and what a checkpoint must hold.
 
     Attributes:
-        network: the full network; its encoder is part of ``model``.
-        model: encoder and heads.
-        optimizer: over the parameters of ``model``.
-        scaler: loss scaling, active for float16 only.
-        step: optimiser steps done.
-        sums: sums of the metrics over the steps of an unfinished epoch.
-        history: one record before training (monitoring only) and one per epoch.
+        network: The full network; its encoder is part of `model`.
+        model: Encoder and heads.
+        optimizer: Over the parameters of `model`.
+        scaler: Loss scaling, active for float16 only.
+        step: Optimiser steps done.
+        sums: Sums of the metrics over the steps of an unfinished epoch.
+        history: One record before training (monitoring only) and one per epoch.
     """
 
     network: nn.Module
@@ -58,7 +58,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Opt
 
 
 def learning_rate(step: int, config: PretrainConfig) -> float:
-    """Return the rate of a step: linear warm-up over the first share of all steps, then cosine to 0."""
+    """The rate of a step: linear warm-up over the first share of all steps, then cosine to 0."""
     total = config.epochs * config.iterations
     warm = round(config.warmup * total)
     if step < warm:
@@ -67,7 +67,7 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the autocast type: bfloat16 where a CUDA device has it, else float16; none on other devices."""
+    """The autocast type: bfloat16 where a CUDA device has it, else float16; none on other devices."""
     if device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -77,12 +77,12 @@ class Trainer:
     """Runs epochs of one configuration on one device, or its share of them as one of several processes.
 
     Args:
-        state: changed in place.
-        config: options.
-        patch_size: shape of the views.
-        device: where the model is.
+        state: Changed in place.
+        config: Options.
+        patch_size: Shape of the views.
+        device: Device of the model.
         failure_file: JSON written when the loss is not finite.
-        compiled: compile the model with `torch.compile`.
+        compiled: Compile the model with `torch.compile`.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Trainer:
             self.forward = DistributedDataParallel(self.forward, device_ids=devices, find_unused_parameters=unused)
 
     def compute(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the losses of a batch on the device, "total" with a graph, and the share of matched keypoints.
+        """The losses of a batch on the device, "total" with a graph, and the share of matched keypoints.
 
         All are values of the global batch, the same on every process.
         """
@@ -125,13 +125,13 @@ class Trainer:
         return {**values, "matched": matched / shown.clamp_min(1)}
 
     def step(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Do one optimiser step on the next ``accumulate`` batches.
+        """Do one optimiser step on the next `accumulate` batches.
 
         Returns:
             The losses and the share of matched keypoints, means over the batches.
 
         Raises:
-            KAFError: if the loss or the gradient is not finite; the cases are in ``failure_file``.
+            KAFError: If the loss or the gradient is not finite; the cases are in `failure_file`.
         """
         state, config = self.state, self.config
         for group in state.optimizer.param_groups:
@@ -166,11 +166,11 @@ class Trainer:
         """Run the rest of the current epoch; on a terminal a bar shows the time left of the whole run.
 
         Args:
-            batches: from the current step on.
-            stop: asked after every step; the epoch then ends early, its sums stay in the state.
+            batches: All batches from the current step on.
+            stop: Asked after every step; the epoch then ends early, its sums stay in the state.
 
         Returns:
-            The means of the epoch and its last learning rate, or ``None`` if it was stopped.
+            The means of the epoch and its last learning rate, or `None` if it was stopped.
         """
         config, state = self.config, self.state
         state.model.train()

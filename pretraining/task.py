@@ -30,19 +30,19 @@ class Task:
     """One dataset, plan and configuration.
 
     Attributes:
-        dataset_name: e.g. ``Dataset004_Hippocampus``.
-        dataset_id: number in the name.
-        dataset_folder: its folder in ``$nnUNet_preprocessed``.
-        plans_name: e.g. ``nnUNetPlans``.
-        plans: the plans; with `network` "kaf" with the KAF network in place of a plain one.
+        dataset_name: e.g. `Dataset004_Hippocampus`.
+        dataset_id: Number in the name.
+        dataset_folder: Its folder in `$nnUNet_preprocessed`.
+        plans_name: e.g. `nnUNetPlans`.
+        plans: The plans; with `network` "kaf" with the KAF network in place of a plain one.
         network: "kaf" or "plain" (nnU-Net's own encoder).
-        configuration: e.g. ``3d_fullres``.
-        image_folder: folder of the preprocessed images.
-        patch_size: view shape in voxels.
-        spacing: voxel size in mm, as many axes as the patch.
-        batch_size: the plan's batch size.
-        channels: number of image channels.
-        outputs: number of segmentation outputs.
+        configuration: e.g. `3d_fullres`.
+        image_folder: Folder of the preprocessed images.
+        patch_size: View shape in voxels.
+        spacing: Voxel size in mm, as many axes as the patch.
+        batch_size: The plan's batch size.
+        channels: Number of image channels.
+        outputs: Number of segmentation outputs.
     """
 
     dataset_name: str
@@ -61,12 +61,12 @@ class Task:
 
     @property
     def preprocess_command(self) -> str:
-        """Return the command that makes the images."""
+        """The command that makes the images."""
         return f"nnUNetv2_preprocess -d {self.dataset_id} -plans_name {self.plans_name} -c {self.configuration}"
 
     @property
     def layers(self) -> KAFConfig:
-        """Return the options of the KAF layers; with a plain network the defaults, for the detection of keypoints."""
+        """The options of the KAF layers; with a plain network the defaults, for the detection of keypoints."""
         resolved = resolve_configuration(self.plans, self.configuration)
         arguments = resolved["architecture"]["arch_kwargs"]
         block = arguments.get("kaf")
@@ -77,7 +77,7 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Return the folder of all pretraining runs of this task, one sub-folder per fold."""
+        """The folder of all pretraining runs of this task, one sub-folder per fold."""
         kind = "KAFPretraining" if self.network == "kaf" else "PlainPretraining"
         return pretraining_folder(self.dataset_name, self.plans_name, self.configuration, "all", kind).parent
 
@@ -93,12 +93,12 @@ def resolve_task(dataset: str, configuration: str, plans_name: str, network: str
 
     Args:
         network: "kaf" or "plain".
-        dataset: number or name.
-        configuration: e.g. ``2d`` or ``3d_fullres``.
-        plans_name: e.g. ``nnUNetPlans``.
+        dataset: Number or name.
+        configuration: e.g. `2d` or `3d_fullres`.
+        plans_name: e.g. `nnUNetPlans`.
 
     Raises:
-        KAFError: if something does not exist (the message lists what does) or the configuration is a cascade stage.
+        KAFError: If something does not exist (the message lists what does) or the configuration is a cascade stage.
     """
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -159,10 +159,10 @@ def resolve_task(dataset: str, configuration: str, plans_name: str, network: str
 
 
 def find_dataset(dataset: str) -> Path:
-    """Return the folder in ``$nnUNet_preprocessed`` of a dataset given by number or name.
+    """The folder in `$nnUNet_preprocessed` of a dataset given by number or name.
 
     Raises:
-        KAFError: if the variable is not set, or no (or more than one) dataset fits; lists what exists.
+        KAFError: If the variable is not set, or no (or more than one) dataset fits; lists what exists.
     """
     value = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - nnU-Net's own spelling
     if not value:

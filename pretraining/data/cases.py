@@ -40,19 +40,19 @@ def collect_images(
     several processes, call it in one first: the others then find everything cached.
 
     Args:
-        task: the first dataset with its plans and configuration.
-        extra_datasets: numbers or names of further datasets in ``$nnUNet_raw``.
-        folders: of further raw images.
-        fold: the patients of its validation cases are left out of every source; ``"all"`` uses all images.
-        patient_pattern: finds the patient in a case identifier.
-        bad: the collector of raw images that cannot be used.
-        num_workers: images at a time.
+        task: The first dataset with its plans and configuration.
+        extra_datasets: Numbers or names of further datasets in `$nnUNet_raw`.
+        folders: Folders of further raw images.
+        fold: The patients of its validation cases are left out of every source; `"all"` uses all images.
+        patient_pattern: Finds the patient in a case identifier.
+        bad: The collector of raw images that cannot be used.
+        num_workers: Images at a time.
 
     Returns:
         The images of all sources, and the identifiers of those to train on.
 
     Raises:
-        KAFError: a source is missing, or no case is left.
+        KAFError: A source is missing, or no case is left.
     """
     own = PreprocessedImages(task.image_folder, task.preprocess_command).identifiers
     sources = find_sources(task, extra_datasets, folders, bad)
@@ -70,19 +70,19 @@ def collect_images(
 def training_cases(
     identifiers: Iterable[str], dataset_folder: Path, fold: int | str, patient_pattern: str
 ) -> list[str]:
-    """Return the cases that pretraining may see: all but those of the patients that the fold validates on.
+    """The cases that pretraining may see: all but those of the patients that the fold validates on.
 
     Args:
-        identifiers: of the first dataset, and ``<source>/<case>`` of further sources.
-        dataset_folder: ``$nnUNet_preprocessed/DatasetXXX``.
-        fold: fold number, or ``"all"`` for every case.
-        patient_pattern: finds the patient in a case identifier.
+        identifiers: All cases of the first dataset, and `<source>/<case>` of further sources.
+        dataset_folder: `$nnUNet_preprocessed/DatasetXXX`.
+        fold: Fold number, or `"all"` for every case.
+        patient_pattern: Finds the patient in a case identifier.
 
     Returns:
         The first dataset's cases in alphabetical order, then those of the other sources.
 
     Raises:
-        KAFError: if the split file is not usable or no case is left.
+        KAFError: If the split file is not usable or no case is left.
     """
     everything = sorted(identifiers, key=lambda case: (not Case.of(case).is_own, case))
     if fold == "all":
@@ -119,13 +119,13 @@ def _warn_of_leak(train: Iterable[str], validation: Iterable[str], fold: int | s
 
 
 def _split(identifiers: list[str], path: Path, fold: int, patient_pattern: str) -> tuple[list[str], list[str]]:
-    """Return training and validation cases of a fold of the first dataset, as nnU-Net would.
+    """Training and validation cases of a fold of the first dataset, as nnU-Net would.
 
-    The split is ``splits_final.json`` if it exists, otherwise the one that the trainer would create, which is saved so
+    The split is `splits_final.json` if it exists, otherwise the one that the trainer would create, which is saved so
     that both agree.
 
     Raises:
-        KAFError: if the split file is not usable, has no such fold, or validates on cases that do not exist.
+        KAFError: If the split file is not usable, has no such fold, or validates on cases that do not exist.
     """
     splits = read_splits(path) if path.is_file() else _create_splits(identifiers, path, patient_pattern)
     if fold >= len(splits):

@@ -46,7 +46,7 @@ class Preprocessor:
     """Preprocesses raw images as nnU-Net preprocesses the first dataset.
 
     Args:
-        task: the first dataset with its plans and configuration.
+        task: The first dataset with its plans and configuration.
     """
 
     def __init__(self, task: Task) -> None:
@@ -68,7 +68,7 @@ class Preprocessor:
         ]
 
     def target(self, source: RawSource, case: str) -> Path:
-        """Return the file of a preprocessed case. Its name holds a hash of all that determines its content.
+        """The file of a preprocessed case. Its name holds a hash of all that determines its content.
 
         So a file that exists is valid, one rename makes it so, and no second file can contradict it.
         """
@@ -87,7 +87,7 @@ class Preprocessor:
         """Read every channel of a case and collect what is wrong.
 
         Returns:
-            The spacing in mm in the plans' order of axes, or ``None`` if something is wrong.
+            The spacing in mm in the plans' order of axes, or `None` if something is wrong.
         """
         spacing = inspect_case(files, self._reader, self.task.channels, len(self.task.patch_size), bad)
         return None if spacing is None else tuple(spacing[axis] for axis in self._plans.transpose_forward)
@@ -96,10 +96,10 @@ class Preprocessor:
         """Preprocess a case and save it.
 
         Returns:
-            Whether the case can be used; otherwise it was added to ``bad``.
+            Whether the case can be used; otherwise it was added to `bad`.
 
         Raises:
-            KAFError: the result cannot be written.
+            KAFError: The result cannot be written.
         """
         try:
             data, _, _ = self._class(verbose=False).run_case(
@@ -120,7 +120,7 @@ class Preprocessor:
 
 
 def cache_folder(task: Task) -> Path:
-    """Return where preprocessed images of further sources are kept: next to nnU-Net's preprocessed images."""
+    """Where preprocessed images of further sources are kept: next to nnU-Net's preprocessed images."""
     return task.image_folder.with_name(f"{task.image_folder.name}_kaf_images")
 
 
@@ -130,16 +130,16 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
     Killed at any moment, the next call goes on with the cases that are missing. Several processes may run it at once.
 
     Args:
-        task: the first dataset, whose plans and configuration are used.
-        source: the images.
-        bad: collects what cannot be used.
-        num_workers: cases at a time.
+        task: The first dataset, whose plans and configuration are used.
+        source: The images.
+        bad: Collects what cannot be used.
+        num_workers: Cases at a time.
 
     Returns:
-        File by identifier (``<key>/<case>``), in the order of the source's cases.
+        File by identifier (`<key>/<case>`), in the order of the source's cases.
 
     Raises:
-        KAFError: a result cannot be written, or a cached one is damaged.
+        KAFError: A result cannot be written, or a cached one is damaged.
     """
     preprocessor = Preprocessor(task)
     folder = cache_folder(task) / source.key
@@ -175,7 +175,7 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
 
 
 def _in_threads(work: Any, cases: list[str], num_workers: int, name: str) -> None:
-    """Call ``work`` for every case; the first exception (a full disk, Ctrl-C) cancels what has not begun."""
+    """Call `work` for every case; the first exception (a full disk, Ctrl-C) cancels what has not begun."""
     with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="preprocess") as pool:
         futures: list[Future[None]] = [pool.submit(work, case) for case in cases]
         try:
@@ -197,7 +197,7 @@ def _save(target: Path, data: np.ndarray, patch_size: tuple[int, ...]) -> None:
     """Write a .b2nd file in nnU-Net's layout under another name, read it back, and only then give it its name.
 
     Raises:
-        KAFError: it cannot be written completely.
+        KAFError: It cannot be written completely.
     """
     from nnunetv2.training.dataloading import nnunet_dataset
 

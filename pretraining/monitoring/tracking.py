@@ -34,23 +34,23 @@ class Tracker(Protocol):
 def open_trackers(folder: Path, options: Mapping[str, Any], resume: bool) -> Tracker:
     """Open everything that follows a run: TensorBoard always, Weights & Biases where nnU-Net's variables ask for it.
 
-    The variables are those of nnU-Net's own training: ``nnUNet_wandb_enabled`` (0, False, false, 1, True or true;
-    default 0), ``nnUNet_wandb_project`` (default nnunet), ``nnUNet_wandb_mode`` (default online).
+    The variables are those of nnU-Net's own training: `nnUNet_wandb_enabled` (0, False, false, 1, True or true;
+    default 0), `nnUNet_wandb_project` (default nnunet), `nnUNet_wandb_mode` (default online).
 
     In a distributed run only one process may do this.
 
     Args:
-        folder: of the run; TensorBoard's event files go to its subfolder ``tensorboard``.
-        options: shown by Weights & Biases as the configuration of the run.
-        resume: this run goes on where an earlier one in ``folder`` was interrupted; epochs that are done again do not
-            appear twice. Otherwise the events of an earlier run in ``folder`` are hidden.
+        folder: Folder of the run; TensorBoard's event files go to its subfolder `tensorboard`.
+        options: Shown by Weights & Biases as the configuration of the run.
+        resume: This run goes on where an earlier one in `folder` was interrupted; epochs that are done again do not
+            appear twice. Otherwise the events of an earlier run in `folder` are hidden.
 
     Returns:
         A tracker whose `Tracker.log` and `Tracker.close` never fail: the first failure of a tool is a warning, and the
         tool gets nothing more.
 
     Raises:
-        KAFError: for a bad value of a variable, or if Weights & Biases is wanted but cannot be started.
+        KAFError: A variable has a bad value, or Weights & Biases is wanted but cannot be started.
     """
     trackers: dict[str, Tracker] = {"TensorBoard": TensorBoardTracker(folder / TENSORBOARD_FOLDER, resume)}
     if wandb_enabled():
@@ -62,7 +62,7 @@ def check_trackers() -> None:
     """Check what `open_trackers` needs, without opening anything.
 
     Raises:
-        KAFError: for a bad value of a variable, or if Weights & Biases is wanted and not installed.
+        KAFError: A variable has a bad value, or Weights & Biases is wanted and not installed.
     """
     if wandb_enabled():
         _import_wandb()
@@ -72,7 +72,7 @@ class TolerantTrackers:
     """Several trackers as one that never raises: a full disk or a network must not end a run that can go on.
 
     Args:
-        trackers: by the name for the warning.
+        trackers: Each under the name that warnings use.
     """
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
@@ -110,8 +110,8 @@ class TensorBoardTracker:
     """Event files for TensorBoard.
 
     Args:
-        folder: of the event files; made at the first `log`.
-        resume: whether the events of earlier epochs in ``folder`` are to be kept in sight.
+        folder: Folder of the event files; made at the first `log`.
+        resume: Whether the events of earlier epochs in `folder` are to be kept in sight.
     """
 
     def __init__(self, folder: Path, resume: bool) -> None:
@@ -144,12 +144,12 @@ class WandbTracker:
     """A run of Weights & Biases, with the environment variables and the continuing of nnU-Net's own logger.
 
     Args:
-        folder: of the run; the tool writes to its subfolder ``wandb``.
-        options: the configuration to show.
-        resume: go on with the latest run in ``folder``, if there is one.
+        folder: Folder of the run; the tool writes to its subfolder `wandb`.
+        options: The configuration to show.
+        resume: Go on with the latest run in `folder`, if there is one.
 
     Raises:
-        KAFError: if wandb is not installed or does not start.
+        KAFError: If wandb is not installed or does not start.
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any], resume: bool) -> None:
@@ -186,7 +186,7 @@ class WandbTracker:
 
 
 def tagged(record: Mapping[str, float]) -> dict[str, float]:
-    """Name the finite numbers of a record by group, as in ``loss/total``; the epoch is not among them."""
+    """Name the finite numbers of a record by group, as in `loss/total`; the epoch is not among them."""
     return {
         f"{GROUPS.get(name, 'other')}/{name}": float(value)
         for name, value in record.items()
@@ -195,10 +195,10 @@ def tagged(record: Mapping[str, float]) -> dict[str, float]:
 
 
 def wandb_enabled() -> bool:
-    """Read ``nnUNet_wandb_enabled`` as nnU-Net does.
+    """Read `nnUNet_wandb_enabled` as nnU-Net does.
 
     Raises:
-        KAFError: for a value that nnU-Net does not know either.
+        KAFError: The value is none that nnU-Net knows.
     """
     value = os.environ.get(WANDB_ENABLED, "0")
     if value in ("0", "False", "false"):
@@ -209,7 +209,7 @@ def wandb_enabled() -> bool:
 
 
 def latest_wandb_id(folder: Path) -> str | None:
-    """Return the id of the latest run below ``folder``, from the name of its file ``run-<id>.wandb``; None without."""
+    """The id of the latest run below `folder`, from the name of its file `run-<id>.wandb`; None without."""
     file = min((folder / "wandb" / "latest-run").glob("run-*.wandb"), default=None)
     return None if file is None else file.stem.removeprefix("run-")
 
@@ -218,7 +218,7 @@ def _import_wandb() -> Any:
     """Import wandb.
 
     Raises:
-        KAFError: if it is not installed.
+        KAFError: If it is not installed.
     """
     try:
         module = importlib.import_module("wandb")
@@ -231,7 +231,7 @@ def _import_wandb() -> Any:
 
 
 def _not_installed(found: str) -> str:
-    """Return the message for a missing package."""
+    """The message for a missing package."""
     return (
         f"The environment variable {WANDB_ENABLED} asks for Weights & Biases, but the package wandb {found}. Run "
         f"`pip install wandb`, or set {WANDB_ENABLED}=0."
@@ -239,5 +239,5 @@ def _not_installed(found: str) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """Return an error as text; many have no message."""
+    """An error as text; many have no message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -54,10 +54,10 @@ class KeypointCache:
     """Detects, stores and reads the keypoints of cases.
 
     Args:
-        folder: where the files go; one sub-folder per set of options.
-        config: the network's layers.
-        patch_size: of the configuration; its length says whether slices or volumes are the images.
-        spacing: voxel size in mm, as many axes as the patch.
+        folder: Place of the files; one sub-folder per set of options.
+        config: The network's layers.
+        patch_size: Patch size of the configuration; its length says whether slices or volumes are the images.
+        spacing: Voxel size in mm, as many axes as the patch.
     """
 
     def __init__(self, folder: Path, config: KAFConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> None:
@@ -82,10 +82,10 @@ class KeypointCache:
         return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:12]
 
     def path(self, case: str, image: Path) -> Path:
-        """Return the file of a case; the name changes when the image file does.
+        """The file of a case; the name changes when the image file does.
 
         Raises:
-            KAFError: if the image file is not there any more.
+            KAFError: If the image file is not there any more.
         """
         try:
             status = image.stat()
@@ -101,13 +101,13 @@ class KeypointCache:
         """Detect and store the points of a case.
 
         Args:
-            case: identifier; may contain ``/``.
-            image_path: file of the image.
+            case: Identifier; may contain `/`.
+            image_path: File of the image.
             image: (C, Z, Y, X) float32.
-            device: where to detect.
+            device: Device that detects.
 
         Raises:
-            KAFError: if the file cannot be written.
+            KAFError: If the file cannot be written.
         """
         dims = len(self.patch_size)
         pixels = torch.from_numpy(image).to(device)
@@ -126,10 +126,10 @@ class KeypointCache:
             append_checksum(temporary)
 
     def read(self, case: str, image_path: Path, slice_index: int | None) -> SourceKeypoints:
-        """Read the points of a slice (2D) or of the volume (``None``, 3D).
+        """Read the points of a slice (2D) or of the volume (`None`, 3D).
 
         Raises:
-            KAFError: if the file is missing or unreadable.
+            KAFError: If the file is missing or unreadable.
         """
         rows, slices = self._rows(self.path(case, image_path))
         first, last = np.searchsorted(slices, [slice_index or 0, (slice_index or 0) + 1])
@@ -137,10 +137,10 @@ class KeypointCache:
         return SourceKeypoints(part["coords"], part["descriptor"])
 
     def _read_rows(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mapped file and the slice of every row.
+        """The mapped file and the slice of every row.
 
         Raises:
-            KAFError: if the file is missing, damaged, or of another kind.
+            KAFError: If the file is missing, damaged, or of another kind.
         """
         self.verify([path])
         fix = f"Delete it and run again, it is made anew: rm {shlex.quote(str(path))}"
@@ -159,7 +159,7 @@ class KeypointCache:
         """Compare files with the checksums at their ends, once.
 
         Raises:
-            KAFError: some are damaged, or cannot be read.
+            KAFError: Some are damaged, or cannot be read.
         """
         new = [path for path in paths if path not in self._verified]
         check_cache(new, threads)

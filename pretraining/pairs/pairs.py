@@ -16,11 +16,11 @@ class Side:
     """Where one view of a pair is taken.
 
     Attributes:
-        case: identifier of the image.
-        shape: spatial shape of the image that is cropped: a slice (2 values) or a volume (3).
-        centre: centre of the crop in source voxels, array order, voxel centres at integers (D values).
-        slice_index: the slice along the first axis of the volume in 2D, ``None`` in 3D.
-        position: normalised position of the centre in the volume, (z, y, x) in [0, 1]; also in 2D, where patches show
+        case: Identifier of the image.
+        shape: Spatial shape of the image that is cropped: a slice (2 values) or a volume (3).
+        centre: Centre of the crop in source voxels, array order, voxel centres at integers (D values).
+        slice_index: The slice along the first axis of the volume in 2D, `None` in 3D.
+        position: Normalised position of the centre in the volume, (z, y, x) in [0, 1]; also in 2D, where patches show
             a part of the slice.
     """
 
@@ -55,22 +55,22 @@ def sample_pair(
 ) -> Pair:
     """Draw a pair from one volume, or from two volumes of a patient (time points, phases).
 
-    2D: a uniformly drawn slice and one at most ``max(1, round(slice_distance * N))`` slices away (method: neighbouring
+    2D: a uniformly drawn slice and one at most `max(1, round(slice_distance * N))` slices away (method: neighbouring
     slices are positives), a different one where both sides are of one volume; a single-slice volume gives two views of
     its only slice. 3D, and the in-plane axes in 2D: the first centre is uniform, the second is shifted by up to
-    ``shift`` of the patch per axis. Two volumes of a patient are taken to be aligned at their centres, slices by their
+    `shift` of the patch per axis. Two volumes of a patient are taken to be aligned at their centres, slices by their
     share of the volume.
 
     Args:
-        cases: identifiers of the two sides, often the same.
-        volume_shapes: their spatial shapes (Z, Y, X).
-        patch_size: view shape; two values (2D) or three (3D).
-        generator: source of all draws.
-        slice_distance: largest distance of the two slices as a share of the number of slices.
-        shift: largest shift between the two centres as a share of the smaller of patch and volume, per axis.
+        cases: Identifiers of the two sides, often the same.
+        volume_shapes: Their spatial shapes (Z, Y, X).
+        patch_size: View shape; two values (2D) or three (3D).
+        generator: Source of all draws.
+        slice_distance: Largest distance of the two slices as a share of the number of slices.
+        shift: Largest shift between the two centres as a share of the smaller of patch and volume, per axis.
 
     Raises:
-        KAFError: if a volume is empty along an axis or is not three-dimensional.
+        KAFError: If a volume is empty along an axis or is not three-dimensional.
     """
     for case, volume in zip(cases, volume_shapes, strict=True):
         if len(volume) != 3 or min(volume) < 1:
@@ -131,7 +131,7 @@ def _centres(
 
 
 def _range(size: int, patch: int) -> tuple[float, float]:
-    """Return where crop centres may lie along an axis."""
+    """Where crop centres may lie along an axis."""
     margin = min(patch / 2, size / 4)
     return (margin - 0.5, size - margin - 0.5) if size > 1 else (0.0, 0.0)
 
