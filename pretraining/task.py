@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,19 @@ class Task:
         """The command that makes the images."""
         return f"nnUNetv2_preprocess -d {self.dataset_id} -plans_name {self.plans_name} -c {self.configuration}"
 
+    @cached_property
+    def resolved(self) -> Mapping[str, Any]:
+        """The configuration in the plans, with what it inherits."""
+        return resolve_configuration(self.plans, self.configuration)
+
     @property
     def layers(self) -> KAFConfig:
         """The options of the KAF layers; with a plain network the defaults, for the detection of keypoints."""
-        resolved = resolve_configuration(self.plans, self.configuration)
-        arguments = resolved["architecture"]["arch_kwargs"]
+        arguments = self.resolved["architecture"]["arch_kwargs"]
         block = arguments.get("kaf")
         if block is None:
             default = KAFConfig(detection_channels=tuple(range(self.channels)))
-            return default.planned(resolved["patch_size"], arguments["n_stages"])
+            return default.planned(self.resolved["patch_size"], arguments["n_stages"])
         return KAFConfig.from_dict({"detection_channels": list(range(self.channels)), **block})
 
     @property
@@ -83,9 +88,8 @@ class Task:
 
     def build_network(self) -> nn.Module:
         """Build the full network that the trainer would build from the same plans (nnU-Net's initialisation)."""
-        resolved = resolve_configuration(self.plans, self.configuration)
         where = f"plans {self.plans_name}, configuration {self.configuration}"
-        return build_network(resolved["architecture"], self.channels, self.outputs, where=where)
+        return build_network(self.resolved["architecture"], self.channels, self.outputs, where=where)
 
 
 def resolve_task(dataset: str, configuration: str, plans_name: str, network: str = "kaf") -> Task:

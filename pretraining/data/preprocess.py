@@ -59,12 +59,11 @@ class Preprocessor:
         self._dataset_json = read_description(task.dataset_folder / "dataset.json")
         self._class = self._configuration.preprocessor_class
         self._reader = self._plans.image_reader_writer_class
-        options = self._configuration.configuration
         self._fingerprint = [
             FORMAT,
             task.channels,
             {key: self._plans.plans.get(key) for key in _FROM_PLANS},
-            {key: options.get(key) for key in _FROM_CONFIGURATION},
+            {key: task.resolved.get(key) for key in _FROM_CONFIGURATION},
         ]
 
     def target(self, source: RawSource, case: str) -> Path:
