@@ -152,6 +152,26 @@ def test_a_collapse_is_said_in_the_log_and_lowers_the_weight(make_dataset):
     assert len(trainer.semi_history[0]["collapse"]) == 2
 
 
+def test_without_deep_supervision_there_is_one_output(make_dataset):
+    trainer = make_dataset().trainer(enable_deep_supervision=False)
+    trainer.run_training()
+    assert trainer.loss.unlabelled.weights == (1.0,)
+    assert all(np.isfinite(epoch["unlabelled_loss"]) for epoch in trainer.semi_history)
+
+
+def test_residual_encoder_plans_train_with_nnunets_own_network(make_dataset):
+    dataset = make_dataset()
+    architecture = dataset.plans["configurations"]["2d"]["architecture"]
+    architecture["network_class_name"] = architecture["network_class_name"].replace("PlainConv", "ResidualEncoder")
+    architecture["arch_kwargs"]["n_blocks_per_stage"] = architecture["arch_kwargs"].pop("n_conv_per_stage")
+    (dataset.folder / "nnUNetPlans.json").write_text(json.dumps(dataset.plans))
+    for cls, name in ((nnUNetTrainerSemi, "ResidualEncoderUNet"), (nnUNetTrainerKAFSemi, "KAFUNet")):
+        trainer = dataset.trainer(cls)
+        trainer.run_training()
+        assert type(trainer.network).__name__ == name
+        assert all(np.isfinite(losses(trainer)))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("predict_with", "both"), ("confidence_threshold", 95), ("teacher_decay", 1.0), ("unlabelled_share", 0)],
@@ -182,6 +202,40 @@ def test_every_training_step_learns_from_the_unlabelled_patches_too(make_dataset
         trainer.train_step(next(trainer.dataloader_train))
         gradients.append(trainer.network.encoder.stages[0][0].convs[0].conv.weight.grad.clone())
     assert not torch.allclose(*gradients)
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_a_step_in_half_precision_is_close_to_one_in_single(cls, make_dataset):
+    dataset, found = make_dataset(), []
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        trainer = dataset.trainer(cls, unlabelled_ramp=0.0, confidence_threshold=0.4, guard_every=1)
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            trainer.train_step(next(trainer.dataloader_train))
+        found.append(trainer._sums.finish(False))
+        assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
+    for key in ("labelled_loss", "unlabelled_loss"):
+        assert found[1][key] == pytest.approx(found[0][key], abs=0.1)
+    assert found[0]["sure"] > 0
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_compiled_networks_train_and_continue(cls, make_dataset, monkeypatch):
+    """nnU-Net compiles on GPUs only; here the tracing is tested, without the code generation."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="eager"))
+    monkeypatch.setattr(cls, "_do_i_compile", lambda self: True)
+    dataset = make_dataset()
+    trainer = dataset.trainer(cls, num_epochs=2, num_iterations_per_epoch=2)
+    interrupted(trainer, 1)
+    again = dataset.trainer(cls, num_epochs=2, num_iterations_per_epoch=2)
+    again.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
+    again.run_training()
+    assert all(np.isfinite(losses(again)))
+    assert len(again.semi_history) == 2
 
 
 def test_kaf_plans_and_the_pretrained_start_are_those_of_the_kaf_trainer(make_dataset):
