@@ -93,8 +93,8 @@ def draw(model: TrainedModel, view: CaseView, number: int, keypoints: int, album
     for query in choose(view, keypoints):
         position = [int(v) for v in np.round(view.keypoints[query])]
         text = (
-            f"Voxel {position}{_structure(model, view, query)}. Area and colour of a disc: share of the attention of "
-            f"the last block that the keypoint at the cross pays there, relative to the largest. "
+            f"Voxel {position} (z, y, x){_structure(model, view, query)}. Area and colour of a disc: share of the "
+            f"attention of the last block that the keypoint at the cross pays there, relative to the largest. "
             f"{_largest(view, query)} First fold."
         )
         picture = save(f"attention_{query:04d}", case_figures.attention_of_keypoint(view, query), text)

@@ -16,6 +16,7 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256, versions
 from nnunetv2_kaf.inspect import Fold, TrainedModel
 from nnunetv2_kaf.plans import resolve_configuration
+from nnunetv2_kaf.schemas import FinishedRun, check
 from nnunetv2_kaf.weights import read_checkpoint
 
 Rows = list[tuple[str, str]]
@@ -84,7 +85,9 @@ def pretraining_of(fold: Fold) -> tuple[Mapping[str, Any] | None, str]:
     if file_sha256(path) != fold.initialization.get("sha256"):
         return None, f"The curves of the pretraining are not shown: {path} has another SHA-256 than the file loaded."
     try:
-        return dict(read_checkpoint(path)["pretraining"]), ""
+        record = dict(read_checkpoint(path)["pretraining"])
+        check(FinishedRun, record, f"{path}: pretraining", "Run kaf-pretrain again.")
+        return record, ""
     except KAFError as error:
         return None, f"The curves of the pretraining are not shown: {error}"
 

@@ -12,6 +12,7 @@ import torch
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.safe_load import load_safely
+from nnunetv2_kaf.schemas import FinishedRun, RunCheckpoint, check
 from nnunetv2_kaf.weights import read_checkpoint
 from pretraining.checkpoint import FINAL, FORMAT, LATEST, load_latest
 from pretraining.config import PretrainConfig
@@ -76,15 +77,14 @@ def open_run(folder: Path) -> Run:
     if final.is_file():
         checkpoint = read_checkpoint(final)
         record = dict(checkpoint["pretraining"])
-        missing = [key for key in ("config", "dataset", "plans", "configuration", "fold") if key not in record]
-        if missing:
-            raise KAFError(f"{final}: its record of the pretraining lacks {missing}. Run kaf-pretrain again.")
+        check(FinishedRun, record, f"{final}: pretraining", "Run kaf-pretrain again.")
         config = PretrainConfig.from_dict(record["config"])
         return Run(folder, config, record, record.get("history", []), checkpoint["network_weights"])
     latest = folder / LATEST
     checkpoint = load_safely(latest, what="checkpoint of kaf-pretrain")
     if checkpoint.get("format") != FORMAT:
         raise KAFError(f"{latest} is not a checkpoint of kaf-pretrain. Give the folder of a pretraining.")
+    check(RunCheckpoint, checkpoint, str(latest), "Copy the file again, or run kaf-pretrain again.")
     config = PretrainConfig.from_dict(checkpoint["config"])
     return Run(folder, config, checkpoint["identity"], checkpoint["history"], None)
 

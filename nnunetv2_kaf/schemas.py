@@ -327,6 +327,21 @@ def _history(value: object) -> object:
     return value
 
 
+History = Annotated[list[dict[str, Any]], BeforeValidator(_history)]
+
+
+class FinishedRun(Record):
+    """What checkpoint_final.pth of a pretraining records about the run."""
+
+    config: dict[str, Any]
+    dataset: PathName
+    plans: PathName
+    configuration: PathName
+    fold: str
+    cases: list[str] = []
+    history: History = []
+
+
 class RunCheckpoint(Record):
     """checkpoint_latest.pth of a pretraining: everything that is needed to go on."""
 
@@ -334,7 +349,7 @@ class RunCheckpoint(Record):
     identity: RunIdentity
     step: int = Field(ge=0)
     sums: Annotated[dict[str, float], BeforeValidator(partial(plain, finite=False))]
-    history: Annotated[list[dict[str, Any]], BeforeValidator(_history)]
+    history: History
     network: Any
     model: Any
     optimizer: OptimizerState

@@ -72,6 +72,14 @@ def test_options_of_models_and_damaged_files_are_errors(
 ) -> None:
     assert cli.main([str(run), "-i", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
     assert "-i are for models" in capsys.readouterr().err
+    content = torch.load(run / "checkpoint_final.pth", weights_only=True)
+    for change in ({"history": ["a"]}, {"dataset": 7}, {"config": {"epochs": -1}}):
+        changed = {**content, "pretraining": {**content["pretraining"], **change}}
+        torch.save(changed, run / "checkpoint_final.pth")
+        assert cli.main([str(run), "-o", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert next(iter(change)) in error or "--epochs" in error
+        assert "Traceback" not in error
     (run / "checkpoint_final.pth").write_bytes(b"x")
     assert cli.main([str(run), "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
