@@ -534,3 +534,15 @@ def test_a_batch_that_the_processes_cannot_share(
     monkeypatch.undo()
     assert run._batch_size(task, PretrainConfig(batch_size=1)) == 1
     assert "no negatives" in caplog.text
+
+
+def test_the_public_function_does_what_the_command_does(tiny: Any, command: Command, no_plot: None) -> None:
+    """As the documentation has it, with the public names only."""
+    from pretraining import DataOptions, PretrainConfig, RunOptions, pretrain, resolve_task
+
+    command()  # writes dataset and plans
+    task = resolve_task("123", "2d", "SmallPlans")
+    config = PretrainConfig(epochs=1, iterations=1, batch_size=2, sinkhorn_iterations=5, descriptor_dim=16)
+    path = pretrain(task, config, RunOptions(device=CPU, data=DataOptions(fold="all")))
+    assert path == folder_of(tiny).with_name("fold_all") / FINAL
+    assert read_checkpoint(path)["pretraining"]["epochs_done"] == 1
