@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kaf_report import cli as report_cli
+from nnunetv2_kaf.config import KAFConfig
 from pretraining import cli
 from pretraining.config import COMPONENTS, PRESETS, PretrainConfig, flag
 from pretraining.exchange import export_cli
@@ -169,3 +170,11 @@ def test_the_site_has_every_page() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     pages = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
     assert [page for page in pages if not re.search(rf": {re.escape(page)}$", navigation, re.MULTILINE)] == []
+
+
+def test_every_parameter_of_the_layers_is_explained_with_its_default() -> None:
+    section = (ROOT / "docs" / "network.md").read_text().partition("## Parameters")[2].partition("\n## ")[0]
+    stated = dict(re.findall(r"^\| `([a-z_]+)` \| (.+?) \|", section, re.MULTILINE))
+    defaults = {name: json.dumps(value) for name, value in KAFConfig().to_dict().items()}
+    defaults |= {"levels": "planned", "detection_channels": "all images"}  # planned for each dataset
+    assert {name: text.strip("`") for name, text in stated.items()} == defaults
