@@ -1,6 +1,8 @@
-"""Rules by which a convolution's weights fit a network with other input channels."""
+"""Rules by which a convolution's weights fit a network with other input channels or another kernel size."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -66,3 +68,41 @@ def identity_projection(weight: Tensor) -> Tensor:
     """
     eye = torch.eye(weight.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
     return eye.reshape(weight.shape)
+
+
+def resize_kernel(weight: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Give a convolution another kernel size, axis by axis, around its centre.
+
+    A larger kernel is padded with zeros: the function is the same. A smaller one takes the weights that lie outside
+    onto its border: on a signal that does not change along this axis the response is the same.
+
+    Args:
+        weight: (F, C, *old), odd sizes.
+        kernel: new sizes, odd, one per axis.
+
+    Returns:
+        (F, C, *kernel).
+
+    Raises:
+        KAFError: the number of axes differs, or a size is even and changes: it has no centre.
+    """
+    if len(kernel) != weight.ndim - 2:
+        raise KAFError(f"kernel of {weight.ndim - 2} axes in the file, {len(kernel)} here")
+    for axis, size in enumerate(kernel, start=2):
+        old = weight.shape[axis]
+        if old == size:
+            continue
+        if old % 2 == 0 or size % 2 == 0:
+            raise KAFError(
+                f"kernel {list(weight.shape[2:])} in the file, {list(kernel)} here: an even size has no centre"
+            )
+        margin = abs(old - size) // 2
+        if size > old:
+            zeros = weight.new_zeros([margin if a == axis else n for a, n in enumerate(weight.shape)])
+            weight = torch.cat((zeros, weight, zeros), dim=axis)
+            continue
+        inner = weight.narrow(axis, margin, size).clone()
+        inner.narrow(axis, 0, 1).add_(weight.narrow(axis, 0, margin).sum(axis, keepdim=True))
+        inner.narrow(axis, size - 1, 1).add_(weight.narrow(axis, old - margin, margin).sum(axis, keepdim=True))
+        weight = inner
+    return weight

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_kaf.architecture import resolve
-from nnunetv2_kaf.channels import repeat_input_channels
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256, replacing, versions
+from nnunetv2_kaf.fitting import fit
 from nnunetv2_kaf.plans import check_plans, is_kaf, resolve_configuration
 from nnunetv2_kaf.safe_load import load_safely
 from nnunetv2_kaf.schemas import PretrainingCheckpoint, brief, check
@@ -199,17 +199,11 @@ def load_encoder(network: nn.Module, path: str | Path, plans: Mapping[str, Any],
     theirs = f"{checkpoint['dataset_name']}, {checkpoint['plans']['plans_name']}, {checkpoint['configuration']}"
     ours = f"{plans['dataset_name']}, {plans['plans_name']}, {configuration}"
     differences = _differences(checkpoint, network, plans, configuration)
-    source, adapted = dict(checkpoint["network_weights"]), {}
-    if _repeats_channels(checkpoint, network, plans, configuration):
-        channels = _input_channels(network)
-        for name in set(first_convolution(network)) & set(source):
-            source[name] = repeat_input_channels(source[name], channels)
-            adapted[name] = f"1 input channel repeated for {channels}, divided by {channels}"
+    source = {k: v for k, v in checkpoint["network_weights"].items() if k.startswith("encoder.")}
     target = {k: v for k, v in network.state_dict().items() if k.startswith("encoder.")}
+    found = fit(source, target, first_convolution(network), ())
     if not differences:
-        keys = set(target) ^ {k for k in source if k.startswith("encoder.")}
-        shapes = [k for k in target if k in source and source[k].shape != target[k].shape]
-        differences = [f"tensor {k}" for k in sorted([*keys, *shapes])[:5]]
+        differences = [f"tensor {text}" for text in (*found.misfits, *found.left)][:5]
     if differences:
         raise KAFError(
             f"the pretraining checkpoint {path} does not fit. It was made for ({theirs}), this training is ({ours}); "
@@ -217,10 +211,10 @@ def load_encoder(network: nn.Module, path: str | Path, plans: Mapping[str, Any],
             f"-c {configuration} -p {plans['plans_name']}), or set KAF_PRETRAINED=none to start from scratch."
         )
     with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+        for name, value in found.values.items():
+            target[name].copy_(value)
     note = f"pretrained on ({theirs}), fold {checkpoint['fold']}"
-    return LoadReport(str(path), file_sha256(path), count_by_module(target), note, adapted)
+    return LoadReport(str(path), file_sha256(path), count_by_module(found.values), note, found.adapted)
 
 
 def count_by_module(names: Iterable[str]) -> dict[str, int]:

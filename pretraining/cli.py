@@ -66,9 +66,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--init",
-        type=console.path,
+        type=_init,
         metavar="PATH",
-        help="start the convolutional part from this checkpoint of nnssl, of an nnU-Net training or of kaf-pretrain",
+        help="start the convolutional part from this checkpoint of nnssl (a file, a folder or hf://owner/name), of an "
+        "nnU-Net training or of kaf-pretrain",
+    )
+    what.add_argument(
+        "--init-adapt",
+        action="store_true",
+        help="with --init: also take weights of other kernel sizes, and of an encoder with more or fewer stages; the "
+        "log says what was adapted, what was not used and what stays fresh",
     )
     how = parser.add_argument_group("how to run")
     how.add_argument("--device", default=None, help="cuda, mps or cpu (default: the first of these that is available)")
@@ -145,6 +152,8 @@ def _config(parsed: argparse.Namespace) -> PretrainConfig:
     """Check the options that need no data."""
     given = {item.name: getattr(parsed, item.name) for item in fields(PretrainConfig) if hasattr(parsed, item.name)}
     _parse_fold(parsed.fold)
+    if parsed.init_adapt and parsed.init is None:
+        raise KAFError("--init-adapt changes how --init is taken; expected --init beside it.")
     if parsed.num_workers < 0:
         raise KAFError(f"--num-workers is {parsed.num_workers}; expected 0 or more.")
     return PretrainConfig.from_preset(parsed.preset, given)
@@ -171,10 +180,26 @@ def _run(parsed: argparse.Namespace, config: PretrainConfig, device: torch.devic
         data=data,
         resume=parsed.resume,
         folder=parsed.output,
-        init=parsed.init,
+        init=_init_file(parsed.init),
+        init_adapt=parsed.init_adapt,
         compiled=parsed.compile,
     )
     return _closing(task, fold, pretrain(task, config, options), parsed.output is not None)
+
+
+def _init(text: str) -> str | Path:
+    """The type of ``--init``: a path, or a place on the hub."""
+    return text if text.startswith("hf://") else console.path(text)
+
+
+def _init_file(given: str | Path | None) -> Path | None:
+    """The file that ``--init`` names, downloaded if need be."""
+    from pretraining.exchange.hub import fetched
+    from pretraining.exchange.sources import located
+
+    if given is None:
+        return None
+    return located(fetched(given) if isinstance(given, str) else given)
 
 
 def choose_device(name: str | None) -> torch.device:

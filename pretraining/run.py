@@ -37,6 +37,7 @@ class RunOptions:
         resume: Go on from the last checkpoint if there is one.
         folder: Where everything is written; `None` is the standard place, where the trainer looks.
         init: Checkpoint that the convolutional part starts from.
+        init_adapt: Also adapt kernel sizes and depth.
         compiled: Compile the model.
     """
 
@@ -45,6 +46,7 @@ class RunOptions:
     resume: bool = False
     folder: Path | None = None
     init: Path | None = None
+    init_adapt: bool = False
     compiled: bool = False
 
 
@@ -255,7 +257,7 @@ def _start(
     if options.resume:
         logger.info("--continue: there is no %s to continue from; starting a new run.", latest)
     if options.init is not None:
-        identity["init"] = initialize_encoder(state.network, options.init, task.channels).sha256
+        identity["init"] = initialize_encoder(state.network, options.init, task.channels, options.init_adapt).sha256
     return identity, False
 
 

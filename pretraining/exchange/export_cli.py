@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from nnunetv2_kaf import console
+from nnunetv2_kaf.errors import KAFError
 
 PROGRAM = "kaf-export"
 logger = logging.getLogger("pretraining")
@@ -18,16 +19,34 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Write a checkpoint of kaf-pretrain in a format that other tools read. nnssl: a file with "
-        "network_weights and a complete nnssl_adaptation_plan, for nnU-Net's finetuning from nnssl checkpoints; the "
-        "names of the cases that were pretrained on are left out.",
+        description="Write a checkpoint of kaf-pretrain, or a trained model, in a format that other tools read. nnssl: "
+        "network_weights and a complete nnssl_adaptation_plan, for nnU-Net's finetuning from nnssl checkpoints, as a "
+        "file or as the folder of three files that it downloads; safetensors: the same without pickles. The names of "
+        "the cases that were pretrained on are left out. nnunet: a trained model that predicts with nnU-Net alone, "
+        "where its network allows it; onnx: the network of a trained model, for one patch, compared with torch.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "checkpoint", type=console.path, metavar="CHECKPOINT", help="checkpoint_final.pth of kaf-pretrain"
+        "checkpoint",
+        type=console.path,
+        metavar="CHECKPOINT",
+        help="checkpoint_final.pth of kaf-pretrain; for nnunet and onnx the folder TRAINER__PLANS__CONFIGURATION",
     )
-    parser.add_argument("--format", choices=("nnssl",), default="nnssl", help="format to write (default: nnssl)")
-    parser.add_argument("-o", "--output", required=True, type=console.path, metavar="OUT", help="file to write")
+    parser.add_argument(
+        "--format",
+        choices=("nnssl", "safetensors", "nnunet", "onnx"),
+        default="nnssl",
+        help="format to write (default: nnssl)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=console.path,
+        metavar="OUT",
+        help="file to write; nnssl: with the ending .pth a file, else a folder; nnunet: a folder",
+    )
+    parser.add_argument("--fold", help="onnx: the fold whose network is written, if there are several")
     parser.add_argument(
         "--plain",
         action="store_true",
@@ -54,9 +73,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(parsed: argparse.Namespace) -> str:
     """Export, and say what was written."""
     # Here and not at the top: --help and a mistyped option need not wait for torch.
-    from pretraining.exchange.nnssl import export_nnssl
+    from pretraining.exchange.nnssl import export_folder, export_nnssl
+    from pretraining.exchange.safetensors_file import SUFFIX
+    from pretraining.exchange.trained import export_nnunet, export_onnx
 
-    plan = export_nnssl(parsed.checkpoint, parsed.output, plain=parsed.plain, force=parsed.force)
+    if parsed.format in ("nnunet", "onnx") and parsed.plain:
+        raise KAFError("--plain is for pretraining checkpoints (--format nnssl or safetensors); leave it out.")
+    if parsed.fold is not None and parsed.format != "onnx":
+        raise KAFError("--fold is for --format onnx; leave it out.")
+    if parsed.format == "nnunet":
+        return export_nnunet(parsed.checkpoint, parsed.output, force=parsed.force)
+    if parsed.format == "onnx":
+        return export_onnx(parsed.checkpoint, parsed.output, fold=parsed.fold, force=parsed.force)
+    if (parsed.format == "safetensors") != (parsed.output.suffix == SUFFIX):
+        raise KAFError(f"-o {parsed.output}: files of --format safetensors end in {SUFFIX}, others do not.")
+    if parsed.format == "nnssl" and parsed.output.suffix != ".pth":
+        plan = export_folder(parsed.checkpoint, parsed.output, force=parsed.force)
+    else:
+        plan = export_nnssl(parsed.checkpoint, parsed.output, plain=parsed.plain, force=parsed.force)
     return (
         f"Checkpoint: {parsed.output}\n"
         f"Network:    {plan['architecture_plans']['arch_class_name']}, "

@@ -14,37 +14,21 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_kaf.channels import identity_projection, pad_input_channels, repeat_input_channels
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256
+from nnunetv2_kaf.fitting import CONVOLUTIONAL, Fit, concatenated_stages, fit
 from nnunetv2_kaf.weights import LoadReport, count_by_module, first_convolution
-from pretraining.exchange.sources import CONVOLUTIONAL, LAYERS, Source, read_weights
+from pretraining.exchange.sources import Source, located, read_weights
 
 logger = logging.getLogger(__name__)
 
 
-class Fit(NamedTuple):
-    """How the weights of a file meet an encoder.
-
-    Attributes:
-        values: tensors to copy, by name, in the shape of the encoder's.
-        adapted: the rule that made a tensor fit, by name, or why one of the file is not used.
-        left: names that stay at their initialisation.
-        misfits: what does not fit, one line each.
-    """
-
-    values: dict[str, Tensor]
-    adapted: dict[str, str]
-    left: list[str]
-    misfits: list[str]
-
-
-def initialize_encoder(network: nn.Module, path: str | Path, channels: int) -> LoadReport:
+def initialize_encoder(network: nn.Module, path: str | Path, channels: int, adapt: bool = False) -> LoadReport:
     """Start the convolutional part of an encoder (stem and stages) from a checkpoint, completely or not at all.
 
     One-channel weights are adapted to several channels (`repeat_input_channels`), and weights of an encoder without
@@ -58,6 +42,8 @@ def initialize_encoder(network: nn.Module, path: str | Path, channels: int) -> L
         network: a `KAFUNet`, or nnU-Net's `PlainConvUNet` or `ResidualEncoderUNet`, freshly initialised, not wrapped.
         path: an nnssl checkpoint, a checkpoint of an nnU-Net training, or one of our pretraining checkpoints.
         channels: input channels of ``network``.
+        adapt: also take weights of other kernel sizes, and of an encoder with another number of stages or convolutions;
+            the report says which were adapted, which were not used, and what stays fresh.
 
     Returns:
         What was taken, adapted and left at its initialisation; it is also logged.
@@ -66,9 +52,10 @@ def initialize_encoder(network: nn.Module, path: str | Path, channels: int) -> L
         KAFError: the file cannot be read safely, is of an unknown kind, or holds another architecture: the differences
             are named and ``network`` is unchanged.
     """
+    path = located(path)
     source = read_weights(path)
     target = {name: tensor for name, tensor in network.state_dict().items() if name.startswith("encoder.")}
-    found = fit(source.weights, target, first_convolution(network), concatenated_stages(network))
+    found = fit(source.weights, target, first_convolution(network), concatenated_stages(network), adapt)
     if found.misfits:
         raise KAFError(_misfit(path, source, target, found, channels))
     with torch.no_grad():
@@ -94,90 +81,6 @@ def initialize_encoder(network: nn.Module, path: str | Path, channels: int) -> L
     return report
 
 
-def fit(
-    weights: Mapping[str, Tensor], target: Mapping[str, Tensor], first: list[str], concatenated: tuple[str, ...]
-) -> Fit:
-    """Bring the weights of a file into the shapes of an encoder.
-
-    Args:
-        weights: of the file.
-        target: state dict of the encoder.
-        first: names of the weights that see the input.
-        concatenated: prefixes of the stages whose input is doubled by a `concat` fusion.
-    """
-    result = Fit({}, {}, [], [])
-    for name, tensor in target.items():
-        if name.startswith(LAYERS):
-            continue
-        try:
-            value, rule = _fit_tensor(name, tensor, weights, name in first, name.startswith(concatenated))
-        except KAFError as error:
-            result.misfits.append(f"{name}: {error}")
-            continue
-        if value is None:
-            result.left.append(name)
-        else:
-            result.values[name] = value
-        if rule:
-            result.adapted[name] = rule
-    for level in sorted({name.split(".")[2] for name in target if name.startswith(LAYERS)}, key=int):
-        names = [name for name in target if name.startswith(f"{LAYERS}{level}.")]
-        if all(name in weights and weights[name].shape == target[name].shape for name in names):
-            result.values.update({name: weights[name] for name in names})
-        else:
-            result.left.extend(names)
-    for name in [name for name in weights if name.startswith(CONVOLUTIONAL) and name not in target]:
-        if name.startswith(concatenated) and _is_new_skip(name, target):
-            result.adapted[name] = "not used: here the features and the fusion skip unprojected"
-        else:
-            result.misfits.append(f"{name}: only in the file")
-    return result
-
-
-def concatenated_stages(network: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the stages whose input a `concat` fusion doubles; none for other networks."""
-    encoder: Any = network.get_submodule("encoder")
-    config = getattr(encoder, "config", None)
-    if config is None or config.fusion != "concat":
-        return ()
-    return tuple(f"encoder.stages.{level + 1}." for level in encoder.kaf_levels)
-
-
-def _fit_tensor(
-    name: str, tensor: Tensor, weights: Mapping[str, Tensor], is_first: bool, concatenated: bool
-) -> tuple[Tensor | None, str]:
-    """Value for one tensor and the rule that made it fit; None = it stays as it is.
-
-    Raises:
-        KAFError: the file has no tensor that fits.
-    """
-    value = weights.get(name)
-    if value is None:
-        if not (concatenated and _is_new_skip(name, weights)):
-            raise KAFError("not in the file")
-        if tensor.ndim == 1:
-            return None, ""
-        return identity_projection(tensor), "identity on the features, 0 on the fusion (the file skips unprojected)"
-    if value.shape == tensor.shape:
-        return value, ""
-    same = value.ndim == tensor.ndim > 1 and value.shape[0] == tensor.shape[0] and value.shape[2:] == tensor.shape[2:]
-    if same and is_first:
-        channels = tensor.shape[1]
-        return repeat_input_channels(value, channels), f"1 input channel repeated for {channels}, divided by {channels}"
-    if same and concatenated and 2 * value.shape[1] == tensor.shape[1]:
-        return pad_input_channels(value, tensor.shape[1]), "weights on the features, 0 on the fusion"
-    raise KAFError(f"shape {tuple(value.shape)} in the file, {tuple(tensor.shape)} here")
-
-
-def _is_new_skip(name: str, others: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor belongs to the projected skip of a residual block that skips unprojected in the other network.
-
-    A block projects its skip if it changes the number of channels, so a doubled input adds or removes a projection.
-    """
-    block, is_skip, _ = name.partition(".skip.")
-    return bool(is_skip) and not any(other.startswith(f"{block}.skip.") for other in others)
-
-
 def _misfit(path: str | Path, source: Source, target: Mapping[str, Tensor], found: Fit, channels: int) -> str:
     """The message for an encoder of another architecture."""
     theirs, ours = describe(source.weights), {**describe(target), "input channels": channels}
@@ -186,7 +89,8 @@ def _misfit(path: str | Path, source: Source, target: Mapping[str, Tensor], foun
     return (
         f"--init {path} ({source.kind}) does not fit this network. They differ in: {'; '.join(differences) or 'names'}"
         f". Tensors: {listed}. Use plans with the same architecture (e.g. -p nnUNetResEncUNetLPlans for a ResEnc-L "
-        "checkpoint), or leave out --init. Only one-channel weights can be adapted to another number of input channels."
+        "checkpoint), adapt what can be adapted with --init-adapt (other kernel sizes, more or fewer stages), or leave "
+        "out --init. Only one-channel weights can be adapted to another number of input channels."
     )
 
 

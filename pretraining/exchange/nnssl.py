@@ -13,6 +13,7 @@ parts are. Its readers take the tensors under ``key_to_encoder`` and ``key_to_st
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from copy import deepcopy
@@ -22,27 +23,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_kaf import __version__
 from nnunetv2_kaf.architecture import NETWORK_CLASS, build_network
 from nnunetv2_kaf.errors import KAFError, one_line
 from nnunetv2_kaf.files import file_sha256, replacing
 from nnunetv2_kaf.plans import resolve_configuration
 from nnunetv2_kaf.weights import read_checkpoint
+from pretraining.exchange.safetensors_file import SUFFIX, write_safetensors
+from pretraining.exchange.sources import CHECKPOINT, CONFIG, PLAN
 
 logger = logging.getLogger(__name__)
 
+_DISK = "Free some space or check the permissions, and export again."
+CITATIONS = [
+    {
+        "type": "Pre-Training Method",
+        "name": "KAF (keypoint-augmented self-supervised pretraining)",
+        "apa_citations": [
+            "Yang, Z., Ren, M., Ding, K., Gerig, G., & Wang, Y. (2023). Keypoint-augmented self-supervised learning "
+            "for medical image segmentation with limited annotation. Advances in Neural Information Processing "
+            "Systems, 36."
+        ],
+    },
+    {
+        "type": "Architecture",
+        "name": "nnU-Net",
+        "apa_citations": [
+            "Isensee, F., Jaeger, P. F., Kohl, S. A. A., Petersen, J., & Maier-Hein, K. H. (2021). nnU-Net: a "
+            "self-configuring method for deep learning-based biomedical image segmentation. Nature Methods, 18(2), "
+            "203-211."
+        ],
+    },
+]
+"""In the form that nnU-Net's finetuning prints."""
 _UNETS = "dynamic_network_architectures.architectures.unet"
 
 
 def export_nnssl(
     checkpoint: str | Path, out: str | Path, *, plain: bool = False, force: bool = False
 ) -> dict[str, Any]:
-    """Write a pretraining checkpoint as an nnssl checkpoint.
+    """Write a pretraining checkpoint as an nnssl checkpoint, a file.
 
     The network is built from the exported plan and loads the exported weights strictly before anything is written.
 
     Args:
         checkpoint: checkpoint_final.pth of a pretraining run.
-        out: file to write, atomically.
+        out: file to write, atomically; one that ends in .safetensors is written as such.
         plain: write the convolutional part as nnU-Net's own UNet.
         force: replace ``out`` if it exists.
 
@@ -54,26 +80,88 @@ def export_nnssl(
             asked of a network with `concat` fusion.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    _check_output(checkpoint, out, force)
+    check_output(checkpoint, out, force)
+    content = exported(checkpoint, plain)
+    if len(content["nnssl_adaptation_plan"]["recommended_downstream_patchsize"]) != 3:
+        logger.warning("The network is 2D; nnssl and nnU-Net's finetuning from nnssl checkpoints are 3D only.")
+    if out.suffix == SUFFIX:
+        write_safetensors(content, out)
+    else:
+        _save(content, out)
+    plan: dict[str, Any] = content["nnssl_adaptation_plan"]
+    return plan
+
+
+def export_folder(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
+    """Write the folder of three files that nnU-Net's finetuning from nnssl expects, also from the Hugging Face hub.
+
+    That finetuning builds nnU-Net's own UNets and nothing else, so the convolutional part is written as one of these.
+
+    Args:
+        checkpoint: checkpoint_final.pth of a pretraining run.
+        out: folder to write.
+        force: replace the files if they exist.
+
+    Returns:
+        The adaptation plan.
+
+    Raises:
+        KAFError: as `export_nnssl`; the fusion is `concat`, or the network is 2D: that finetuning knows neither.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    if out.exists() and not out.is_dir():
+        raise KAFError(f"-o {out} is a file; expected a folder for {CHECKPOINT}, {PLAN} and {CONFIG}.")
+    there = [name for name in (CHECKPOINT, PLAN, CONFIG) if (out / name).exists()]
+    check_output(checkpoint, out / CHECKPOINT, force)
+    if there and not force:
+        raise KAFError(f"-o {out} holds {', '.join(there)} already. Name another folder, or replace them with --force.")
+    content = exported(checkpoint, plain=True)
+    plan: dict[str, Any] = content["nnssl_adaptation_plan"]
+    if len(plan["recommended_downstream_patchsize"]) != 3:
+        raise KAFError(
+            f"{checkpoint} holds a 2D network; nnU-Net's finetuning from nnssl checkpoints is 3D only. Export a file "
+            "instead (-o FILE.pth), or pretrain a 3D configuration."
+        )
+    card = {
+        "architecture": plan["architecture_plans"]["arch_class_name"],
+        "pretrain_num_input_channels": plan["pretrain_num_input_channels"],
+        "recommended_downstream_patchsize": plan["recommended_downstream_patchsize"],
+        "citations": CITATIONS,
+        "nnunetv2_kaf": {"version": __version__, "sha256": content["nnunetv2_kaf"]["sha256"]},
+    }
+    for name, entry in ((PLAN, plan), (CONFIG, card)):
+        with replacing(out / name, _DISK) as temporary:
+            temporary.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    _save(content, out / CHECKPOINT)  # last: a folder with a checkpoint is complete
+    return plan
+
+
+def exported(checkpoint: Path, plain: bool) -> dict[str, Any]:
+    """The content of an nnssl checkpoint, checked against the network that its plan describes.
+
+    Raises:
+        KAFError: as `export_nnssl`.
+    """
     content = read_checkpoint(checkpoint)
     architecture, weights = content["architecture"], content["network_weights"]
     if plain and architecture["network_class_name"] == NETWORK_CLASS:
         architecture, weights = plain_architecture(architecture, checkpoint), plain_weights(weights)
     network = _build(architecture, weights, content["num_input_channels"], checkpoint)
     plan = adaptation_plan(content, architecture, network)
-    if len(plan["recommended_downstream_patchsize"]) != 3:
-        logger.warning("The network is 2D; nnssl and nnU-Net's finetuning from nnssl checkpoints are 3D only.")
     provenance = {key: content[key] for key in ("dataset_name", "configuration", "fold", "versions")}
     # the names of the cases stay here: an exported file is made to be passed on
     options = {key: value for key, value in content["pretraining"].items() if key != "cases"}
-    exported = {
+    return {
         "network_weights": weights,
         "nnssl_adaptation_plan": plan,
+        "citations": CITATIONS,
         "nnunetv2_kaf": {**provenance, "sha256": file_sha256(checkpoint), "pretraining": options},
     }
-    with replacing(out) as temporary, temporary.open("wb") as file:
-        torch.save(exported, file)
-    return plan
+
+
+def _save(content: Mapping[str, Any], out: Path) -> None:
+    with replacing(out, _DISK) as temporary, temporary.open("wb") as file:
+        torch.save(dict(content), file)
 
 
 def adaptation_plan(content: Mapping[str, Any], architecture: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
@@ -150,7 +238,7 @@ def _build(architecture: Mapping[str, Any], weights: Mapping[str, Tensor], chann
     return network
 
 
-def _check_output(checkpoint: Path, out: Path, force: bool) -> None:
+def check_output(checkpoint: Path, out: Path, force: bool) -> None:
     """Raise a KAFError if ``out`` must not be written."""
     if out.is_dir():
         raise KAFError(f"-o {out} is a folder; expected a file, e.g. {out / 'checkpoint_final.pth'}.")

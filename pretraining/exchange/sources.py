@@ -1,7 +1,8 @@
 """Encoder weights from the files that ``kaf-pretrain --init`` accepts, loaded without running code from them.
 
-Three kinds: nnssl checkpoints (``network_weights`` and ``nnssl_adaptation_plan``), checkpoints of nnU-Net trainings,
-and our own pretraining checkpoints.
+Three kinds: nnssl checkpoints (``network_weights`` and ``nnssl_adaptation_plan``), also as a folder of three files
+or on the Hugging Face hub, checkpoints of nnU-Net trainings, and our own pretraining checkpoints; all also as
+safetensors.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.safe_load import load_safely
+from nnunetv2_kaf.fitting import CONVOLUTIONAL, LAYERS
+from nnunetv2_kaf.safe_load import load_safely, read_json
 from nnunetv2_kaf.tensors import check_weights
 from nnunetv2_kaf.weights import FORMAT, check_checkpoint
+from pretraining.exchange.safetensors_file import SUFFIX, read_safetensors
 
-CONVOLUTIONAL = ("encoder.stem.", "encoder.stages.")
-LAYERS = "encoder.layers."
+CHECKPOINT, PLAN, CONFIG = "checkpoint_final.pth", "adaptation_plan.json", "config.json"
+"""Files of a folder as nnU-Net's finetuning expects it."""
 
 
 class Source(NamedTuple):
@@ -34,6 +37,24 @@ class Source(NamedTuple):
     weights: dict[str, Tensor]
 
 
+def located(path: str | Path) -> Path:
+    """The file with the weights: of a folder in the layout of nnssl its checkpoint, else the path itself.
+
+    Raises:
+        KAFError: the folder holds no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    file = path / CHECKPOINT
+    if not file.is_file():
+        raise KAFError(
+            f"--init {path}: found a folder without {CHECKPOINT}, expected one with {CHECKPOINT}, {PLAN} and {CONFIG} "
+            "(as kaf-export and nnssl write it), or a file. Name the file itself."
+        )
+    return file
+
+
 def read_weights(path: str | Path) -> Source:
     """Read the encoder weights of a file of any supported kind.
 
@@ -41,7 +62,10 @@ def read_weights(path: str | Path) -> Source:
         KAFError: the file is missing, truncated, unsafe to load, of an unknown kind, or holds no UNet encoder.
     """
     path = Path(path)
-    checkpoint = load_safely(path, "--init")
+    checkpoint = read_safetensors(path, "--init") if path.suffix == SUFFIX else load_safely(path, "--init")
+    plan = path.with_name(PLAN)
+    if path.name == CHECKPOINT and "nnssl_adaptation_plan" not in checkpoint and plan.is_file():
+        checkpoint["nnssl_adaptation_plan"] = read_json(plan, "Download or export the folder again.")
     kind = _kind(checkpoint, path)
     fix = "Name another file."
     given = check_weights(checkpoint["network_weights"], f"--init {path}: network_weights", fix)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnunetv2_kaf.config import KAFConfig
+from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import kaf_plans
 from nnunetv2_kaf.weights import save_pretraining_checkpoint
 from pretraining.exchange import export_cli
@@ -200,7 +202,8 @@ def test_an_existing_file_is_replaced_only_with_force(
     before = source.read_bytes()
     assert "is the checkpoint that is exported" in failing(capsys, source, "-o", source, "--force")
     assert source.read_bytes() == before
-    assert "is a folder" in failing(capsys, source, "-o", out.parent, "--force")
+    (out.parent / "folder.pth").mkdir()
+    assert "is a folder" in failing(capsys, source, "-o", out.parent / "folder.pth", "--force")
 
 
 def test_bad_input(source: Path, out: Path, plans: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,8 +220,89 @@ def test_bad_input(source: Path, out: Path, plans: dict[str, Any], capsys: pytes
     assert "truncated" in failing(capsys, source, "-o", out)
     assert not out.exists()
     with pytest.raises(SystemExit) as done:
-        export_cli.main([str(source), "-o", str(out), "--format", "onnx"])
+        export_cli.main([str(source), "-o", str(out), "--format", "keras"])
     assert done.value.code == 2
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_folder_finetunes_in_a_network_that_stock_packages_build(
+    source: Path, tmp_path: Path, plans: dict[str, Any], residual: bool
+) -> None:
+    pretrained = Pretrained(source, plans, residual=residual)
+    folder = tmp_path / "shared" / "model"
+    assert export_cli.main([str(source), "-o", str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == {"adaptation_plan.json", "checkpoint_final.pth", "config.json"}
+    content = torch.load(folder / "checkpoint_final.pth", weights_only=True)
+    plan = json.loads((folder / "adaptation_plan.json").read_text())
+    assert plan == content["nnssl_adaptation_plan"]
+    citations = json.loads((folder / "config.json").read_text())["citations"]
+    assert citations == content["citations"]
+    # as nnU-Net's finetuning prints them
+    assert all({"type", "name"} <= c.keys() and all(isinstance(p, str) for p in c["apa_citations"]) for c in citations)
+    assert any("Keypoint-augmented" in paper for c in citations for paper in c["apa_citations"])
+    # as nnU-Net's finetuning builds and loads: its own UNets only, stem and encoder strictly, by the keys of the plan
+    assert plan["architecture_plans"]["arch_class_name"].endswith(("PlainConvUNet", "ResidualEncoderUNet"))
+    network = from_plan(plan)
+    assert type(network).__module__ == UNETS
+    for ours, theirs in (("key_to_encoder", network.key_to_encoder), ("key_to_stem", network.key_to_stem)):
+        prefix = plan[ours]
+        part = {
+            k.replace(prefix, "").removeprefix("."): v
+            for k, v in content["network_weights"].items()
+            if k.startswith(prefix)
+        }
+        network.get_submodule(theirs).load_state_dict(part)
+    expected = pretrained.network.state_dict()
+    names = [name for name in network.state_dict() if name.startswith(("encoder.stages.", "encoder.stem."))]
+    assert len(names) > 10
+    for name in names:
+        assert torch.equal(network.state_dict()[name], expected[name]), name
+    # and --init takes the folder, also if the plan is beside the weights only
+    for strip in (False, True):
+        if strip:
+            del content["nnssl_adaptation_plan"]
+            torch.save(content, folder / "checkpoint_final.pth")
+        fresh = build(pretrained.architecture)
+        report = initialize_encoder(fresh, folder, 1)
+        assert set(report.left) == {"encoder.layers"}
+        assert all(torch.equal(fresh.state_dict()[name], expected[name]) for name in names)
+
+
+def test_folders_that_cannot_be_written_or_read(
+    source: Path, tmp_path: Path, plans: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Pretrained(source, plans, fusion="concat")
+    folder = tmp_path / "model"
+    assert "concat fusion" in failing(capsys, source, "-o", folder)
+    Pretrained(source, plans, configuration="2d")
+    assert "3D only" in failing(capsys, source, "-o", folder)
+    assert not folder.exists()
+    Pretrained(source, plans)
+    folder.mkdir()
+    (folder / "config.json").write_text("of others")
+    assert "config.json already" in failing(capsys, source, "-o", folder)
+    assert (folder / "config.json").read_text() == "of others"
+    assert export_cli.main([str(source), "-o", str(folder), "--force"]) == 0
+    (tmp_path / "file").write_text("")
+    assert "is a file" in failing(capsys, source, "-o", tmp_path / "file")
+    (folder / "checkpoint_final.pth").unlink()
+    with pytest.raises(KAFError, match=r"found a folder without checkpoint_final\.pth"):
+        initialize_encoder(build(Pretrained(source, plans).architecture), folder, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--format", "nnunet", "--plain"), ("--fold", "0"), ("--format", "safetensors"), ("--format", "onnx"),
+        ("--format", "nnunet"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together(
+    source: Path, out: Path, plans: dict[str, Any], options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Pretrained(source, plans)
+    failing(capsys, source, "-o", out, *options)
+    assert not out.exists()
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
