@@ -141,9 +141,11 @@ class EpochSums:
         sizes = self._per_class(teacher, everywhere) + self._per_class(student, everywhere)
         self._sums[first + self.classes : first + 2 * self.classes] += sizes
 
-    def add_losses(self, labelled: Tensor, unlabelled: Tensor) -> None:
+    def add_losses(self, labelled: float, unlabelled: Tensor) -> None:
         """Count a step and its losses."""
-        self._sums[-3:] += torch.stack([torch.ones_like(labelled), labelled, unlabelled]).to(self._sums)
+        self._sums[-3] += 1
+        self._sums[-2] += labelled
+        self._sums[-1] += unlabelled
 
     def _per_class(self, target: Tensor, where: Tensor) -> Tensor:
         if target.shape[1] == 1 and not target.is_floating_point():

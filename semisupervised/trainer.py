@@ -1,7 +1,8 @@
 """`nnUNetTrainerKAFSemi` and `nnUNetTrainerSemi`: training on labelled and unlabelled images together.
 
-Hooks only: every method calls nnU-Net's own. The unlabelled patches ride in nnU-Net's own training step, behind the
-labelled ones in the batch, and their loss in nnU-Net's own loss.
+Hooks only: every method calls nnU-Net's own. In nnU-Net's training step the network passes over the unlabelled patches
+first, forwards and backwards, and then over the labelled ones: the gradients add up, and no step needs the memory of
+both.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,15 +28,17 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
 from nnunetv2_kaf.plans import is_kaf
+from nnunetv2_kaf.precision import autocast
 from nnunetv2_kaf.schedule import schedule_variant
 from nnunetv2_kaf.trainer import nnUNetTrainerKAF, split_or_say_why, unwrapped
 from pretraining.data.images import MEMORY
 from semisupervised.guard import EpochSums, Guard
-from semisupervised.losses import Pending, PseudoLabels, SemiLoss, UnlabelledLoss, pseudo_labels
+from semisupervised.losses import PseudoLabels, UnlabelledLoss, pseudo_labels
 from semisupervised.plot import plot_history
 from semisupervised.sampling import (
     TRAINING,
@@ -60,10 +64,10 @@ _SPATIAL = (SpatialTransform, MirrorTransform, Convert3DTo2DTransform, Convert2D
 class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
     """nnU-Net's trainer and its own network, taught by unlabelled images too.
 
-    Every step sees nnU-Net's labelled batch and as many unlabelled patches, in one pass of the network. The teacher, a
-    moving average of the network, labels the unlabelled patches in their weak view (nnU-Net's spatial augmentation).
-    The network sees them in the strong view (nnU-Net's intensity augmentation, stronger) with boxes exchanged between
-    patches (CutMix), and learns the labels of the voxels where the teacher is sure, by cross-entropy and soft Dice.
+    Every step sees nnU-Net's labelled batch and as many unlabelled patches. The teacher, a moving average of the
+    network, labels the unlabelled patches in their weak view (nnU-Net's spatial augmentation). The network sees them in
+    the strong view (nnU-Net's intensity augmentation, stronger) with boxes exchanged between patches (CutMix), and
+    learns the labels of the voxels where the teacher is sure, by cross-entropy and soft Dice.
     The form is FixMatch's (Sohn et al., NeurIPS 2020) with a mean teacher (Tarvainen and Valpola, NeurIPS 2017), as
     UniMatch (Yang et al., CVPR 2023) uses it for ACDC.
 
@@ -94,6 +98,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
     predict_with: str = "student"
     guard_every: int = 10
     schedule_epochs: ClassVar[int | None] = None
+    network: Any
 
     def __init__(
         self,
@@ -158,6 +163,9 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         classes = self.label_manager.foreground_regions if self._regions else self.label_manager.foreground_labels
         self._guard = Guard([str(name) for name in classes])
         self._sums = EpochSums(len(classes), self.device)
+        weights = getattr(self.loss, "weight_factors", (1.0,))
+        batch_dice = self.configuration_manager.batch_dice
+        self._unlabelled_loss = UnlabelledLoss(self._regions, batch_dice, self.is_ddp, weights)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """As `nnUNetTrainerKAF`: with fewer than five cases each fold leaves one patient out."""
@@ -168,13 +176,6 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
     @property
     def _regions(self) -> bool:
         return bool(self.label_manager.has_regions)
-
-    def _build_loss(self) -> nn.Module:
-        """nnU-Net's loss, and that of the unlabelled patches."""
-        labelled: nn.Module = super()._build_loss()
-        weights = getattr(labelled, "weight_factors", (1.0,))
-        batch_dice = self.configuration_manager.batch_dice
-        return SemiLoss(labelled, UnlabelledLoss(self._regions, batch_dice, self.is_ddp, weights))
 
     def configure_optimizers(self) -> Any:
         """nnU-Net's; the optimiser's state in a checkpoint also holds what this class must remember."""
@@ -324,24 +325,36 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         return self.unlabelled_weight * self._guard.factor * math.exp(-5 * rest**2)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """nnU-Net's step on the labelled patches and, behind them in the batch, the unlabelled ones."""
+        """nnU-Net's step on the labelled patches, whose gradients are added to those of the unlabelled ones."""
         assert self._teacher is not None, "on_train_start() makes it"
         assert self._stream is not None, "on_train_start() opens it"
-        unlabelled = next(self._stream)
+        strong, labels = self._strong_batch(next(self._stream))
         image = batch["data"].to(self.device, non_blocking=True)
-        strong, labels = self._strong_batch(unlabelled)
-        self._sums.add_pseudo_labels(*labels)
         check = self._label(image) if self._step % self.guard_every == 0 else None
-        self.loss.pending = Pending(len(image), labels, self.current_weight())
-        keys = [*batch["keys"], *unlabelled["keys"][: len(strong)]]
-        out: dict[str, Any] = super().train_step({**batch, "data": torch.cat([image, strong]), "keys": keys})
+        network = self.network
+        self.network = twice = UnlabelledFirst(network, partial(self._learn, strong, labels))
+        try:
+            out: dict[str, Any] = super().train_step({**batch, "data": image})
+        finally:
+            self.network = network
         self._teacher.update(self._step)
-        self._sums.add_losses(*self.loss.parts)
-        if check is not None:
-            self._sums.add_agreement(check.target, pseudo_labels(self.loss.student, 0.0, self._regions).target)
-        self.loss.parts = self.loss.student = None
+        self._sums.add_pseudo_labels(*labels)
+        self._sums.add_losses(float(out["loss"]), self._learned)
+        if check is not None and twice.output is not None:
+            self._sums.add_agreement(check.target, pseudo_labels(twice.output, 0.0, self._regions).target)
         self._step += 1
         return out
+
+    def _learn(self, strong: Tensor, labels: PseudoLabels, network: nn.Module) -> None:
+        """Add the gradients of the unlabelled loss to those of the network."""
+        # Under DDP the processes exchange the sum once, after the labelled patches.
+        with network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext():
+            output = network(strong)
+            loss = self._unlabelled_loss(output if isinstance(output, (list, tuple)) else [output], labels)
+            weighted = self.current_weight() * loss
+            with autocast(self.device.type):
+                (weighted if self.grad_scaler is None else self.grad_scaler.scale(weighted)).backward()
+        self._learned = loss.detach()
 
     def _label(self, image: Tensor) -> PseudoLabels:
         """The teacher's labels of a batch (B, C, *S)."""
@@ -413,6 +426,27 @@ class nnUNetTrainerKAFSemi(nnUNetTrainerSemi, nnUNetTrainerKAF):  # noqa: N801
 
     def _pretraining(self) -> Path | None:
         return self._find_pretraining()[0]
+
+
+class UnlabelledFirst(nn.Module):
+    """The network in one training step: learns from unlabelled patches, then sees the labelled ones.
+
+    Args:
+        network: Compiled or wrapped as it is trained.
+        learn: Called with the network before each pass.
+    """
+
+    def __init__(self, network: nn.Module, learn: Callable[[nn.Module], None]) -> None:
+        super().__init__()
+        self.network, self.learn = network, learn
+        self.output: Tensor | None = None
+
+    def forward(self, image: Tensor) -> Any:
+        """Return the network's output; the finest one stays in `output`."""
+        self.learn(self.network)
+        output = self.network(image)
+        self.output = (output[0] if isinstance(output, (list, tuple)) else output).detach()
+        return output
 
 
 def _fix_algorithms(transform: Any) -> None:

@@ -67,9 +67,7 @@ def train(folder: Path, configuration: str, batch_dice: bool, rank: int, ranks: 
     if ranks == 1:  # nnU-Net gives the coarsest output a weight of 1e-6 under DDP, of 0 otherwise
         weights = np.array([0.5**i for i in range(len(scales))])
         weights[-1] = 1e-6
-        for loss in (trainer.loss.labelled, trainer.loss.unlabelled):
-            name = "weight_factors" if hasattr(loss, "weight_factors") else "weights"
-            setattr(loss, name, tuple(weights / weights.sum()))
+        trainer.loss.weight_factors = trainer._unlabelled_loss.weights = tuple(weights / weights.sum())
     for step in range(STEPS):
         batch = labelled(step, len(plans["configurations"][configuration]["patch_size"]), 3, scales)
         own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)

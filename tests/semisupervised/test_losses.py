@@ -2,9 +2,8 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from semisupervised.losses import Pending, PseudoLabels, SemiLoss, UnlabelledLoss, at_resolution, pseudo_labels
+from semisupervised.losses import PseudoLabels, UnlabelledLoss, at_resolution, pseudo_labels
 
 
 def logits(*shape: int) -> torch.Tensor:
@@ -83,20 +82,3 @@ def test_labels_are_resampled_as_nnunet_resamples_them(shape):
     labels = pseudo_labels(logits(2, 4, 8, 8), 0.5, regions=False)
     expected = torch.nn.functional.interpolate(labels.target.float(), size=shape, mode="nearest-exact")
     assert torch.equal(at_resolution(labels, shape).target.float(), expected)
-
-
-def test_the_batch_is_split_between_the_two_losses():
-    class Mean(nn.Module):
-        def forward(self, output, target):
-            return (output - target).abs().mean()
-
-    loss = SemiLoss(Mean(), UnlabelledLoss(False, batch_dice=True, ddp=False))
-    output = logits(5, 3, 4, 4)
-    target = torch.zeros(2, 3, 4, 4)
-    labels = pseudo_labels(logits(3, 3, 4, 4), 0.5, regions=False)
-    loss.pending = Pending(2, labels, 0.25)
-    value = loss(output, target)
-    known, guessed = output[:2].abs().mean(), loss.unlabelled([output[2:]], labels)
-    assert value.item() == pytest.approx((known + 0.25 * guessed).item())
-    assert [part.item() for part in loss.parts] == pytest.approx([known.item(), guessed.item()])
-    assert loss(output[:2], target).item() == pytest.approx(known.item()), "a validation batch has no unlabelled part"

@@ -155,7 +155,7 @@ def test_a_collapse_is_said_in_the_log_and_lowers_the_weight(make_dataset):
 def test_without_deep_supervision_there_is_one_output(make_dataset):
     trainer = make_dataset().trainer(enable_deep_supervision=False)
     trainer.run_training()
-    assert trainer.loss.unlabelled.weights == (1.0,)
+    assert trainer._unlabelled_loss.weights == (1.0,)
     assert all(np.isfinite(epoch["unlabelled_loss"]) for epoch in trainer.semi_history)
 
 
@@ -191,17 +191,32 @@ def test_the_final_checkpoint_holds_the_weights_that_predict(which, make_dataset
     assert equal == (which == "teacher")
 
 
-def test_every_training_step_learns_from_the_unlabelled_patches_too(make_dataset):
-    gradients, dataset = [], make_dataset()
-    for weight in (0.0, 1.0):
-        torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002
-        trainer = dataset.trainer(unlabelled_weight=weight, unlabelled_ramp=0.0, confidence_threshold=0.0)
-        trainer.on_train_start()
-        trainer.on_train_epoch_start()
-        trainer.train_step(next(trainer.dataloader_train))
-        gradients.append(trainer.network.encoder.stages[0][0].convs[0].conv.weight.grad.clone())
-    assert not torch.allclose(*gradients)
+@pytest.mark.parametrize("cls", BOTH)
+def test_the_gradients_are_those_of_the_sum_of_both_losses(cls, make_dataset, monkeypatch):
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    trainer = make_dataset().trainer(cls, unlabelled_weight=0.7, unlabelled_ramp=0.0, confidence_threshold=0.4)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    strong, labels = trainer._strong_batch(trainer._stream.batches[0])
+    known = trainer.loss(trainer.network(batch["data"]), batch["target"])
+    guessed = trainer._unlabelled_loss(trainer.network(strong), labels)
+    (known + 0.7 * guessed).backward()
+    torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), 12)
+    expected = {name: p.grad.clone() for name, p in trainer.network.named_parameters() if p.grad is not None}
+    network = trainer.network
+    out = trainer.train_step(batch)
+    assert trainer.network is network
+    assert out["loss"] == pytest.approx(known.item(), rel=1e-5), "the loss in nnU-Net's log is the labelled one"
+    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+    assert abs(guessed.item()) > 1e-3
+    record = trainer._sums.finish(False)
+    assert record["unlabelled_loss"] == pytest.approx(guessed.item(), rel=1e-4)
+    assert record["labelled_loss"] == pytest.approx(known.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("cls", BOTH)
