@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nnunetv2_kaf import console
-from nnunetv2_kaf.probes import COMPILE, DISCOVERY, TORCH, Probe, run_probe
+from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.model_needs import Needs, needs_of
+from nnunetv2_kaf.probes import COMPILE, TORCH, Probe, discovery_of, run_probe
 
 MINIMUM_NNUNET = "2.7"
 PATH_VARIABLES = {
@@ -207,14 +209,49 @@ def _check_checkpoint(file: Path, shown: Path) -> Check:
     return Check("pretraining", "ok", f"{shown}, {file.stat().st_size / 1e6:.0f} MB, readable")
 
 
-def run_checks(timeout_s: float, with_compile: bool) -> list[Check]:
+def check_models(needs: Sequence[Needs], probe: Probe) -> list[Check]:
+    """What models lack here, and what they need elsewhere.
+
+    Args:
+        needs: Of the models that were asked about.
+        probe: Answer of the discovery probe, which was asked for their trainers.
+    """
+    return [_check_model(needed, probe) for needed in needs]
+
+
+def _check_model(needed: Needs, probe: Probe) -> Check:
+    title = f"model {needed.name}"
+    cure = f"pip install 'nnunetv2-kaf>={version('nnunetv2-kaf')}'" if _installed() else "pip install nnunetv2-kaf"
+    elsewhere = f"; where it predicts: {cure}" if needed.package else "; it needs nnU-Net alone"
+    if probe.error:
+        return Check(title, "fail", probe.error, "nnU-Net's own search fails; correct this error first")
+    result = probe.answer.get(needed.trainer, {"module": None})
+    if "error" in result:
+        return Check(title, "fail", f"its trainer {needed.trainer} cannot be imported: {result['error']}", cure)
+    if result["module"] is None:
+        found = f"nnU-Net will say: Could not find requested nnunet trainer {needed.trainer}"
+        own = "copy the trainer's file, and name its folder in nnUNet_extTrainer"
+        return Check(title, "fail", found, cure if needed.package else own)
+    return Check(title, "ok", f"trainer {needed.trainer} in {result['module']}{elsewhere}")
+
+
+def _installed() -> bool:
+    try:
+        version("nnunetv2-kaf")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def run_checks(timeout_s: float, with_compile: bool, models: Sequence[Needs] = ()) -> list[Check]:
     """Run all checks.
 
     Args:
         timeout_s: Seconds that each of the fresh interpreters may take; most of it is the import of torch.
         with_compile: Also compile a small function with ``torch.compile``.
+        models: What is to predict here.
     """
-    codes = [DISCOVERY, TORCH, *([COMPILE] if with_compile else [])]
+    codes = [discovery_of([needed.trainer for needed in models]), TORCH, *([COMPILE] if with_compile else [])]
     with ThreadPoolExecutor() as pool:
         discovery, torch, *compiled = pool.map(lambda code: run_probe(code, timeout_s), codes)
     return [
@@ -229,6 +266,7 @@ def run_checks(timeout_s: float, with_compile: bool) -> list[Check]:
         *(check_compile(probe) for probe in compiled),
         *(check_path_variable(name) for name in PATH_VARIABLES),
         *check_checkpoints(),
+        *check_models(models, discovery),
         *(check_disk_space(name) for name in ("nnUNet_preprocessed", "nnUNet_results")),
     ]
 
@@ -260,23 +298,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line.
 
     Returns:
-        1 if something is broken, else 0.
+        1 if something is broken, 2 for a model that cannot be read, else 0.
     """
     parser = argparse.ArgumentParser(
         prog="kaf-doctor",
         description="Check whether nnU-Net finds the KAF trainers and planners here, which versions and devices there "
         "are, whether torch.compile works, nnU-Net's three path variables, the pretraining checkpoints and the free "
         "disk space. Prints a table, with a fix for everything that is wrong.",
-        epilog="Exit status: 0 if everything that is needed works (warnings included), 1 if something is broken.",
+        epilog="Exit status: 0 if everything that is needed works (warnings included), 1 if something is broken, 2 for "
+        "a --model that cannot be read.",
     )
     parser.add_argument("--no-compile", action="store_true", help="skip the test of torch.compile, the slowest check")
     parser.add_argument(
         "--timeout", type=float, default=300.0, help="seconds that a check may take before it fails (default: 300)"
     )
     parser.add_argument("--json", action="store_true", help="write the checks as JSON instead of a table")
-    options = parser.parse_args(argv)
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        type=console.path,
+        metavar="PATH",
+        help="also say what this model folder, or zip of nnUNetv2_export_model_to_zip, needs where it predicts",
+    )
     console.prepare_streams()
+    options = parser.parse_args(argv)
+    try:
+        models = [needed for path in options.model for needed in needs_of(path)]
+    except KAFError as error:
+        console.complain(f"kaf-doctor: error: {error}")
+        return 2
     console.complain("Checking; the import of torch can take a minute.")
-    checks = run_checks(options.timeout, with_compile=not options.no_compile)
+    checks = run_checks(options.timeout, not options.no_compile, models)
     console.say(format_json(checks) if options.json else format_table(checks))
     return int(any(check.status == "fail" for check in checks))

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,14 @@ for name, folders in places.items():
     except Exception as error:
         answer[name] = {"error": f"{type(error).__name__}: {error}"}
 """
+
+
+def discovery_of(trainers: Sequence[str]) -> str:
+    """The question whether nnU-Net finds these trainers too: identifiers."""
+    more = {name: ("training", "nnUNetTrainer") for name in trainers}
+    return DISCOVERY.replace("for name, folders in places", f"places.update({more!r})\nfor name, folders in places")
+
+
 TORCH = """
 import torch
 gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
