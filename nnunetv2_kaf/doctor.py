@@ -294,12 +294,8 @@ def format_json(checks: Sequence[Check]) -> str:
     return json.dumps({"nnunetv2-kaf": own, "failed": broken, "checks": [asdict(check) for check in checks]}, indent=2)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line.
-
-    Returns:
-        1 if something is broken, 2 for a model that cannot be read, else 0.
-    """
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
     parser = argparse.ArgumentParser(
         prog="kaf-doctor",
         description="Check whether nnU-Net finds the KAF trainers and planners here, which versions and devices there "
@@ -321,8 +317,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="PATH",
         help="also say what this model folder, or zip of nnUNetv2_export_model_to_zip, needs where it predicts",
     )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line.
+
+    Returns:
+        1 if something is broken, 2 for a model that cannot be read, else 0.
+    """
     console.prepare_streams()
-    options = parser.parse_args(argv)
+    options = build_parser().parse_args(argv)
     try:
         models = [needed for path in options.model for needed in needs_of(path)]
     except KAFError as error:

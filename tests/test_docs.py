@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kaf_report import cli as report_cli
+from nnunetv2_kaf import doctor
 from nnunetv2_kaf.config import KAFConfig
 from pretraining import cli
 from pretraining.config import COMPONENTS, PRESETS, PretrainConfig, flag
@@ -24,6 +25,7 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {
     "kaf-pretrain": cli.build_parser,
+    "kaf-doctor": doctor.build_parser,
     "kaf-export": export_cli.build_parser,
     "kaf-report": report_cli.build_parser,
     "kaf-unlabelled": unlabelled_cli.build_parser,
@@ -35,7 +37,6 @@ OF_OTHERS = {
     "torchrun": {"--standalone", "--nnodes", "--nproc-per-node", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"},
     "slurm": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--cpus-per-task", "--time"}
     | {"--signal", "--requeue", "--open-mode"},
-    "kaf-doctor": {"--json"},
     "pip": {"--target"},
     "tensorboard": {"--logdir"},
     "benchmarks": {
