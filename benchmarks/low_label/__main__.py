@@ -1,7 +1,7 @@
 """Segmentation with few labelled patients: a study that anyone can rerun.
 
-    python -m benchmarks.low_label --config benchmarks/low_label/cpu.json --data <raw datasets> --work <scratch>
-    python -m benchmarks.low_label --config benchmarks/low_label/cpu.json --data ... --work ... --on test
+    python -m benchmarks.low_label --config benchmarks/low_label/acdc.json --data <raw datasets> --work <scratch>
+    python -m benchmarks.low_label --config benchmarks/low_label/acdc.json --data ... --work ... --on test
     python -m benchmarks.low_label --report
 
 from the repository root, with the package and MONAI installed (`pip install -e . monai`). The first command trains
@@ -29,7 +29,8 @@ through `KAF_PRETRAINED`, encoder only.
 **Config.** One JSON file; a mistake is reported with its key. `comment` and, once there are test results, `conclusion`
 stand beside the table. `labelled`, `draws` (one number, or one for each in `labelled`), `epochs` x `iterations`,
 `mirror_predictions` (false: no test-time augmentation, for speed); `tasks`: a raw dataset, its configuration,
-`batch_size`, `downsample` in the plane, `patch_size`, `features` of the first stage, `n_stages`, `validation_patients`, `patient_pattern`; `arms`, each with
+`batch_size`, `downsample` in the plane, `patch_size`, `features` of the first stage, `n_stages`,
+`validation_patients`, `patient_pattern`; `arms`, each with
 
 - `trainer`: plain, kaf, semi, kaf_semi (nnUNetTrainerSemi and nnUNetTrainerKAFSemi, whose unlabelled images are those
   of the training patients that are not labelled in the run) or primus (3D only); `planner`: another planner of
@@ -119,7 +120,7 @@ def _main(args: argparse.Namespace) -> int:
         sys.stdout.write(f"{args.evidence}\n")
         return 0
     if args.config is None:
-        raise KAFError("--config: missing, expected the JSON file of a study, such as benchmarks/low_label/cpu.json.")
+        raise KAFError("--config: missing, expected the JSON file of a study, such as benchmarks/low_label/acdc.json.")
     study = load(args.config)
     arms, tasks = _chosen(args.only, study.arms, "--only"), _chosen(args.tasks, study.tasks, "--tasks")
     chosen = replace(study, arms=arms, tasks=tasks)

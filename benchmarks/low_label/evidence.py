@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import markdown
+
 from nnunetv2_kaf.errors import KAFError
+from pretraining.config import COMPONENTS
+from pretraining.monitoring.monitor import GLOBAL_LOSSES
 
 from . import figures, report, targets
 from .config import ALL, Study
-from .layout import read_json
+from .layout import RESULTS, read_json
 from .targets import PLAIN
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
 README = EVIDENCE.parents[1] / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-SHOWN = ("plain", "kaf_scratch", "kaf_all")
+SHOWN = ("plain", "plain_pcl", "kaf_scratch", "kaf_all", "kaf_semi", "semi")
 """Arms of the table in the README."""
-HEADER = """# Segmentation with few labelled patients
+WORDS = {
+    "semi": "with unlabelled scans in the training (`nnUNetTrainerSemi`)",
+    "kaf_semi": "with them, KAF layers and pretraining (`nnUNetTrainerKAFSemi`)",
+    "plain_pcl": "pretrained without KAF layers (`--network plain --preset pcl`)",
+    "kaf_all": "KAF, pretrained",
+    "kaf_scratch": "KAF, not pretrained",
+}
+"""What the sentences call the arms."""
+TITLE = "# Segmentation with few labelled patients\n"
+IN_SHORT = """## In short
+
+The question: a few patients are labelled, many are not; how much better is the segmentation when the unlabelled scans
+are used, and by which of the ways that this package offers? Each way is compared with plain nnU-Net on the same
+patients, with the same labelled ones and the same number of training steps. Dice is 1 for a perfect segmentation and 0
+for a useless one. A difference is given with its 95 % interval; where that includes 0, the two may be equal.
+"""
+HEADER = """## How it was measured
 
 Written by `python -m benchmarks.low_label --report` from the files in `benchmarks/results/low_label`, which hold every
 case of every run. How it was measured, and the command that repeats it: the head of
@@ -118,14 +139,14 @@ def write_readme(out: Path, target: Path) -> None:
 
 
 def results_table(out: Path) -> str:
-    """Markdown table of the test patients of all studies that compare with plain nnU-Net."""
+    """Markdown table of all studies that compare with plain nnU-Net, on test patients once they were used."""
     tasks = {}
     for folder in _folders(out):
-        study = told(folder.parent.name)
-        results = report.load(folder, "test", study.arms, study.baseline)
-        if results is not None and results.baseline == PLAIN:
-            task = results.runs[0]["setting"]["task"]
-            tasks[f"{task['data'].partition('_')[2]} `{task['configuration']}`"] = results.cells()
+        results = _latest(folder)
+        if results.baseline == PLAIN:
+            task, count = results.runs[0]["setting"]["task"], len(set(results.runs[0]["patient_of"].values()))
+            name = f"{task['data'].partition('_')[2]} `{task['configuration']}`, {count} {results.on} patients"
+            tasks[name] = results.cells()
     return report.summary(tasks, SHOWN)
 
 
@@ -136,13 +157,10 @@ def page(out: Path, target: Path) -> str:
         out: folder of the results.
         target: where the page will lie, for its links.
     """
-    parts = [HEADER]
+    parts = [TITLE, in_short([_latest(folder) for folder in _folders(out)]), HEADER]
     for folder in _folders(out):
-        study = told(folder.parent.name)
-        found = [report.load(folder, on, study.arms, study.baseline) for on in ("test", "validation")]
-        results = found[0] or found[1]
-        if results is not None:
-            parts.append(section(results, study, Path(os.path.relpath(folder, target.parent))))
+        study, results = told(folder.parent.name), _latest(folder)
+        parts.append(section(results, study, Path(os.path.relpath(folder, target.parent))))
     parts += [f"## {name}\n\nNot measured yet. {told(name).comment}\n" for name in _unmeasured(out)]
     return "\n".join(parts)
 
@@ -151,6 +169,47 @@ def _folders(out: Path) -> list[Path]:
     """Results of all tasks, those of the studies with a test before those of trials."""
     found = {file.parents[2] for file in out.glob("*/*/runs/*/*.json")}
     return sorted(found, key=lambda folder: (told(folder.parent.name).baseline != PLAIN, folder))
+
+
+def _latest(folder: Path) -> report.Results:
+    """Results of a task on its test patients, or on those for validation as long as the test was not used."""
+    study = told(folder.parent.name)
+    found = [report.load(folder, on, study.arms, study.baseline) for on in ("test", "validation")]
+    results = found[0] or found[1]
+    assert results is not None, "a folder of results has runs"
+    return results
+
+
+def in_short(studies: Sequence[report.Results]) -> str:
+    """What the studies that compare with plain nnU-Net found, in sentences, the numbers from the results."""
+    lines = [IN_SHORT]
+    for results in studies:
+        if results.baseline != PLAIN:
+            continue
+        task, count = results.runs[0]["setting"]["task"], len(set(results.runs[0]["patient_of"].values()))
+        lines.append(f"**{task['data'].partition('_')[2]}**, {count} {results.on} patients, mean Dice:\n")
+        cells = [cell for cell in results.cells() if "dice" in cell.metrics]
+        for labelled in dict.fromkeys(cell.labelled for cell in cells):
+            own = {cell.arm: cell for cell in cells if cell.labelled == labelled}
+            lines += _sentences(labelled, own)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _sentences(labelled: int | str, cells: Mapping[str, report.Cell]) -> list[str]:
+    """One list item for a number of labelled patients: plain nnU-Net, and how far the others are from it."""
+    if PLAIN not in cells:
+        return []
+    parts = []
+    for arm, what in WORDS.items():
+        found = cells[arm].differences.get("dice") if arm in cells else None
+        if found is None:
+            continue
+        mean = found.mean
+        clear = "" if mean.low > 0 or mean.high < 0 else ", not clearly different"
+        parts.append(f"{what} {mean.value:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}{clear})")
+    plain = cells[PLAIN].metrics["dice"].value
+    return [f"- {labelled} labelled patients: plain nnU-Net {plain:.3f}; " + "; ".join(parts) + "."]
 
 
 def _unmeasured(out: Path) -> list[str]:
@@ -185,8 +244,34 @@ def section(results: report.Results, study: Told, folder: Path) -> str:
             _what(setting, results.runs),
             "",
             *tables,
+            curves(RESULTS / results.study / results.task),
         ]
     )
+
+
+def curves(folder: Path) -> str:
+    """Markdown table of the pretrainings of a task: losses against collapse, and the held-out pairs before and after.
+
+    Args:
+        folder: results of the task.
+
+    Returns:
+        Nothing if there was none.
+    """
+    rows = []
+    for file in sorted((folder / "pretraining").glob("*.json")):
+        content = read_json(file)
+        first, last = content["history"][0], content["history"][-1]
+        pairs = content["options"].get("batch_size")
+        collapse = f" of {math.log(2 * pairs - 1):.2f}" if pairs else ""
+        losses = [f"{name} {last[name]:.2f}{collapse}" for name in GLOBAL_LOSSES if name in last]
+        losses += [f"{name} {last[name]:.2f}" for name in COMPONENTS if name in last and name not in GLOBAL_LOSSES]
+        measured = [f"{first[name]:.2f} to {last[name]:.2f}" for name in ("uniformity", "alignment", "recall_at_1")]
+        rows.append([f"`{content['arm']}`", content["network"], "<br>".join(losses), *measured])
+    if not rows:
+        return ""
+    header = ["pretraining, first used by", "network", "losses at the end; global ones of their value at collapse"]
+    return markdown([*header, "uniformity", "alignment", "recall at 1"], rows) + "\n"
 
 
 def _who(results: report.Results) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from common import write_json
 
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.weights import read_checkpoint
 from pretraining.config import PretrainConfig
 
 from . import commands, plans, raw, trainers
@@ -161,6 +162,8 @@ def open_test(layout: Layout, split: Split) -> None:
 def write_run(layout: Layout, on: str, arm: Arm, fold: Fold, split: Split) -> None:
     """Write the result of a run; one of the same measurement stays as it is, with the commit that it was made at."""
     file, identity = layout.run_file(on, arm, fold.name), commands.run_identity(layout, arm, fold, split)
+    if arm.pretraining is not None and not layout.curves_file(arm, fold).is_file():
+        write_curves(layout, arm, fold)
     known = read_json(file)
     measured = read_json(commands.measured_file(layout, on, arm, fold))
     if known is not None and (known["identity"], known["when"]) == (identity, measured["when"]):
@@ -189,6 +192,13 @@ def write_run(layout: Layout, on: str, arm: Arm, fold: Fold, split: Split) -> No
         },
         file,
     )
+
+
+def write_curves(layout: Layout, arm: Arm, fold: Fold) -> None:
+    """Keep what a pretraining learned: one record before it and one per epoch, beside the results."""
+    summary = read_checkpoint(layout.pretraining(arm, fold) / commands.FINAL)["pretraining"]
+    kept = {"arm": arm.name, "network": arm.network, "options": dict(arm.pretraining or {})}
+    write_json({**kept, "history": summary["history"]}, layout.curves_file(arm, fold))
 
 
 def cost(layout: Layout, arm: Arm, fold: Fold, split: Split, training_seconds: float) -> dict[str, Any]:

@@ -106,6 +106,10 @@ class Layout:
         """Result of a run."""
         return self.results / "runs" / on / f"{arm.name}_{fold_name}.json"
 
+    def curves_file(self, arm: Arm, fold: Fold) -> Path:
+        """Curves of the pretraining that a run starts from."""
+        return self.results / "pretraining" / f"{self.pretraining(arm, fold).name}.json"
+
     @property
     def split_file(self) -> Path:
         """Patients of test, validation and every draw."""

@@ -153,11 +153,12 @@ def trials(results: Results, notes: Mapping[str, str]) -> str:
 
 
 def summary(tasks: Mapping[str, Sequence[Cell]], arms: Sequence[str]) -> str:
-    """Markdown table of the Dice of some arms, a line for each task and number of labelled patients that has them all.
+    """Markdown table of the Dice of some arms, a line for each task and number of labelled patients.
 
     Args:
         tasks: cells of each task, by its name.
-        arms: columns; the difference is that of the last one to the baseline.
+        arms: columns, the baseline first; the difference is that of the last one to it. A line has the first and the
+            last of them at least.
     """
     _, plain, signed = METRICS["dice"]
     rows = []
@@ -166,12 +167,15 @@ def summary(tasks: Mapping[str, Sequence[Cell]], arms: Sequence[str]) -> str:
         for labelled in dict.fromkeys(cell.labelled for cell in cells):
             own = [found.get((labelled, arm)) for arm in arms]
             last = own[-1]
-            if last is None or None in own:
+            if own[0] is None or last is None:
                 continue
             difference = _interval(last.differences["dice"].mean, signed)
-            values = [plain.format(cell.metrics["dice"].value) for cell in own if cell is not None]
+            values = ["" if cell is None else plain.format(cell.metrics["dice"].value) for cell in own]
             rows.append([name, str(labelled), *values, difference])
-    return markdown(["data", "labelled patients", *(f"`{arm}`" for arm in arms), "difference (95 % interval)"], rows)
+    return markdown(
+        ["data", "labelled patients", *(f"`{arm}`" for arm in arms), f"`{arms[-1]}` minus `{arms[0]}` (95 % interval)"],
+        rows,
+    )
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -104,8 +104,11 @@ def interval(array: FloatArray, rng: np.random.Generator) -> tuple[float, float]
     for start in range(0, RESAMPLES, 1000):
         rows = rng.integers(0, draws, (1000, draws, 1))
         columns = rng.integers(0, patients, (1000, 1, patients))
-        means[start : start + 1000] = np.nanmean(array[rows, columns], axis=(1, 2))
-    low, high = np.percentile(means, [2.5, 97.5])
+        drawn = array[rows, columns]
+        counts = (~np.isnan(drawn)).sum((1, 2))
+        # A resample of undefined values alone has no mean.
+        means[start : start + 1000] = np.where(counts > 0, np.nansum(drawn, (1, 2)) / np.maximum(counts, 1), np.nan)
+    low, high = np.nanpercentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -38,11 +38,12 @@ def load(tmp_path: Path, change: Callable[[dict[str, Any]], object] = lambda blo
     return config.load(file)
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu_acdc", "gpu", "smoke", "levers_cpu"])
+@pytest.mark.parametrize("name", ["acdc", "acdc_objectives", "openkbp", "gpu", "smoke"])
 def test_committed_configs_are_valid_and_have_the_baseline(name: str) -> None:
     study = config.load(FOLDER / f"{name}.json")
     assert study.name == name
-    assert study.arms[0].name == "plain"
+    assert study.baseline in [arm.name for arm in study.arms]
+    assert set(study.draws) == set(study.labelled)
 
 
 def test_common_values_are_merged_and_an_arms_own_win(tmp_path: Path) -> None:
@@ -60,6 +61,16 @@ def test_common_values_are_merged_and_an_arms_own_win(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda b: b.pop("draws"), "draws: missing"),
+        (lambda b: b.update(draws={"2": 1}), r"draws: found the keys \['2'\], expected \["),
+        (lambda b: b["tasks"]["flat"].update(patch_size=[64]), r"tasks\.flat\.patch_size: found \[64\]"),
+        (
+            lambda b: b["arms"]["plain"].update(training={"teacher_decay": 0.9}),
+            r"arms\.plain\.training\.teacher_decay: found with trainer 'plain'",
+        ),
+        (
+            lambda b: b["arms"]["kaf"].update(trainer="kaf_semi", training={"predict_with": "both"}),
+            r"arms\.kaf\.training\.predict_with: .*student or teacher",
+        ),
         (lambda b: b.update(drawz=1), "drawz: unknown key"),
         (lambda b: b.update(draws=True), "draws: found True, expected a whole number of at least 1"),
         (lambda b: b.update(labelled=[2, 2]), r"labelled: found \[2, 2\]"),

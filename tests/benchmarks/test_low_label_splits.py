@@ -63,7 +63,7 @@ def test_same_seed_same_split_whatever_the_order_of_files(study: config.Study) -
 
 def test_fewer_numbers_keep_the_patients(study: config.Study) -> None:
     full = splits.draw(CASES, study, study.tasks[0])
-    fewer = splits.draw(CASES, replace(study, labelled=(6,), draws=1), study.tasks[0])
+    fewer = splits.draw(CASES, replace(study, labelled=(6,), draws={6: 1}), study.tasks[0])
     assert (fewer.test, fewer.validation) == (full.test, full.validation)
     assert fewer.folds[0].patients == next(f for f in full.folds if f.name == "M6_draw0").patients
 
