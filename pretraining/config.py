@@ -60,6 +60,7 @@ _PAPER: dict[str, Any] = {
     "optimizer": "sgd",
     "learning_rate": 0.002,
     "warmup": 0.0,
+    "temperature": 0.1,
     "position_axes": "first",
     "pooling_grid": 1,
     "weight_local": 0.0,
@@ -124,7 +125,7 @@ class PretrainConfig:
     network: str = _option(
         "kaf", str, "kaf: the keypoint-augmented encoder; plain: nnU-Net's own encoder", choices=("kaf", "plain")
     )
-    temperature: float = _option(0.1, float, "temperature of the contrastive losses", low=1e-4)
+    temperature: float = _option(0.2, float, "temperature of the contrastive losses (the paper: 0.1)", low=1e-4)
     positives: str = _option(
         "pcl",
         str,

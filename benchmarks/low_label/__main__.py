@@ -27,9 +27,9 @@ pretraining through nnU-Net's `-pretrained_weights`, which also takes the untrai
 through `KAF_PRETRAINED`, encoder only.
 
 **Config.** One JSON file; a mistake is reported with its key. `comment` and, once there are test results, `conclusion`
-stand beside the table. `labelled`, `draws`, `epochs` x `iterations`, `mirror_predictions` (false: no test-time
-augmentation, for speed); `tasks`: a raw dataset, its configuration, `batch_size`, `downsample` in the plane,
-`patch_size`, `features` of the first stage, `n_stages`, `validation_patients`, `patient_pattern`; `arms`, each with
+stand beside the table. `labelled`, `draws` (one number, or one for each in `labelled`), `epochs` x `iterations`,
+`mirror_predictions` (false: no test-time augmentation, for speed); `tasks`: a raw dataset, its configuration,
+`batch_size`, `downsample` in the plane, `patch_size`, `features` of the first stage, `n_stages`, `validation_patients`, `patient_pattern`; `arms`, each with
 
 - `trainer`: plain, kaf, semi, kaf_semi (nnUNetTrainerSemi and nnUNetTrainerKAFSemi, whose unlabelled images are those
   of the training patients that are not labelled in the run) or primus (3D only); `planner`: another planner of
@@ -192,14 +192,14 @@ def _overview(layout: Layout, on: str) -> str:
         (layout.plans_name(arm), str(sorted(arm.pretraining.items())), k % study.pretraining_seeds)
         for arm in layout.arms
         if arm.pretraining is not None
-        for k in range(study.draws)
+        for k in range(max(study.draws[number] for number in arm.labelled))
     }
     names = ", ".join(arm.name for arm in layout.arms)
     return (
         f"{study.name}, {layout.task.name}: {len(layout.arms)} arms ({names}), labelled "
-        f"{', '.join(map(str, study.labelled))}, {study.draws} draws: {runs} trainings of "
-        f"{study.epochs * study.iterations} iterations, {len(pretrainings)} pretrainings; measured on {on} patients: "
-        f"{finished}"
+        f"{', '.join(map(str, study.labelled))}, {', '.join(map(str, study.draws.values()))} draws: {runs} trainings "
+        f"of {study.epochs * study.iterations} iterations, {len(pretrainings)} pretrainings; measured on {on} "
+        f"patients: {finished}"
     )
 
 

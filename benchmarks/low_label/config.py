@@ -82,7 +82,11 @@ _STUDY = {
     "device": Rule((str,), "cpu, cuda or mps", lambda v: v in ("cpu", "cuda", "mps")),
     "seed": whole(0, 0),
     "labelled": Rule((list,), f'distinct numbers of patients, and "{ALL}"', _labelled),
-    "draws": whole(1),
+    "draws": Rule(
+        (int, dict),
+        "a whole number of at least 1, or an object with one for every number in labelled",
+        lambda v: all(type(n) is int and n >= 1 for n in (v.values() if isinstance(v, dict) else [v])),
+    ),
     "test_share": Rule((float,), "a number between 0 and 1", lambda v: 0 < v < 1, 0.2),
     "epochs": whole(1),
     "iterations": whole(1),
@@ -149,7 +153,7 @@ class Study:
     device: str
     seed: int
     labelled: tuple[int | str, ...]
-    draws: int
+    draws: Mapping[int | str, int]
     test_share: float
     epochs: int
     iterations: int
@@ -202,6 +206,13 @@ def _study(name: str, content: Any) -> Study:
         numbers = [m for m in block["labelled"] if m != ALL]
         if numbers != sorted(numbers):
             raise KAFError(f"labelled: found {block['labelled']}, expected ascending numbers. Sort them.")
+    if isinstance(block["draws"], dict) and set(block["draws"]) != set(map(str, block["labelled"])):
+        found = f"found the keys {list(block['draws'])}, expected {list(map(str, block['labelled']))}"
+        raise KAFError(f"draws: {found}, those of labelled. Correct them.")
+    block["draws"] = {
+        number: block["draws"][str(number)] if isinstance(block["draws"], dict) else block["draws"]
+        for number in block["labelled"]
+    }
     if block["baseline"] not in block["arms"]:
         found = f"found {block['baseline']!r}, expected one of {', '.join(block['arms'])}"
         raise KAFError(f"baseline: {found}: the arm that all others are compared with. Correct it.")

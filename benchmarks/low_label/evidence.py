@@ -27,10 +27,9 @@ case of every run. How it was measured, and the command that repeats it: the hea
 `benchmarks/low_label/__main__.py`.
 
 - Dice and distance are averaged over the classes of a case, the cases of a patient, and the draws; then over patients.
-- Intervals are 95 % bootstrap intervals over patients. Differences are paired by patient, with the same labelled
-  patients; p is that of a two-sided Wilcoxon signed-rank test, not corrected for the number of comparisons.
-- The intervals say how much the means depend on the patients that are measured. How much they depend on the labelled
-  patients and on the seed is shown by the smallest and the largest mean of a draw.
+- Intervals are 95 % bootstrap intervals over patients and draws together: which patients are labelled matters as much
+  as which ones are measured. With one draw they are over patients alone. Differences are paired by draw and patient; p
+  is that of a two-sided Wilcoxon signed-rank test over patients, not corrected for the number of comparisons.
 - HD95 is the 95 % Hausdorff distance. A class that is missing in the prediction or in the reference alone counts as
   Dice 0 and as the diagonal of the image; one that is missing in both is left out.
 - Training seconds are those of the epochs; pretraining seconds those of the whole command. One pretraining serves all

@@ -108,7 +108,8 @@ def training_jobs(layout: Layout, split: Split) -> list[Job]:
                 functools.partial(write_run, layout, "validation", arm, fold, split),
             )
         )
-    return [*pretrainings.values(), *runs]
+    # A job that waits for its pretraining holds a place: those that need none go first.
+    return [*pretrainings.values(), *sorted(runs, key=lambda job: job.needs is not None)]
 
 
 def test_jobs(layout: Layout, split: Split) -> list[Job]:

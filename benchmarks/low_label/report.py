@@ -96,21 +96,16 @@ def _cell(runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any
     rng = np.random.default_rng(SEED)
     metrics, spread, differences = {}, {}, {}
     for metric in METRICS:
-        values = stats.by_patient(runs, metric)
-        if not values:
+        values = stats.collect(runs, metric)
+        if not values.patients:
             continue
-        metrics[metric] = stats.mean(values, rng)
-        means = [float(np.mean(list(stats.by_patient([run], metric).values()))) for run in runs]
-        spread[metric] = (min(means), max(means))
+        metrics[metric] = stats.mean(values.array, rng)
+        means = np.nanmean(values.array, 1)
+        spread[metric] = (float(means.min()), float(means.max()))
         if baseline is not None and runs[0]["arm"] != baseline[0]["arm"]:
-            # Only the draws that both have, so that the labelled patients are the same.
-            ours, theirs = ({run["draw"] for run in group} for group in (runs, baseline))
-            common = ours & theirs
-            pair = [
-                stats.by_patient([run for run in group if run["draw"] in common], metric) for group in (runs, baseline)
-            ]
-            if common:
-                differences[metric] = stats.difference(pair[0], pair[1], rng)
+            found = stats.difference(values, stats.collect(baseline, metric), rng)
+            if found is not None:
+                differences[metric] = found
     cost = {key: _average([run["cost"][key] for run in runs]) for key in runs[0]["cost"]}
     return Cell(runs[0]["arm"], runs[0]["labelled"], len(runs), metrics, spread, differences, cost)
 

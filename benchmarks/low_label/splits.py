@@ -43,7 +43,7 @@ def fold_name(labelled: int | str, draw: int) -> str:
 
 def fold_names(study: Study, labelled: Sequence[int | str]) -> list[str]:
     """Names of the folds of a study with some numbers of labelled patients."""
-    return [fold_name(number, k) for number in labelled for k in range(study.draws)]
+    return [fold_name(number, k) for number in labelled for k in range(study.draws[number])]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def draw(cases: Iterable[str], study: Study, task: Task) -> Split:
         )
     folds: list[Fold] = []
     for number in study.labelled:
-        for k in range(study.draws):
+        for k in range(study.draws[number]):
             shuffled = np.random.default_rng([study.seed, 1, k]).permutation(len(training))
             labelled = training if number == ALL else [training[i] for i in shuffled[: int(number)]]
             folds.append(Fold(len(folds), number, k, tuple(sorted(labelled))))

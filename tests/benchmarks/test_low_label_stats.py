@@ -11,37 +11,53 @@ import torch
 from low_label import measure, stats
 
 
-def run(values: dict[str, dict[str, float | None]]) -> dict[str, Any]:
+def run(values: dict[str, dict[str, float | None]], draw: int = 0) -> dict[str, Any]:
     """Fabricate a run: cases ``<patient>_<frame>`` with the Dice of every class."""
     cases = {c: {k: {"dice": v, "hd95": None} for k, v in classes.items()} for c, classes in values.items()}
-    return {"cases": cases, "patient_of": {case: case.split("_")[0] for case in values}}
+    return {"cases": cases, "patient_of": {case: case.split("_")[0] for case in values}, "draw": draw}
 
 
-def test_classes_then_cases_then_draws_are_averaged() -> None:
+def test_classes_then_cases_are_averaged_for_every_draw() -> None:
     first = run({"p_1": {"1": 0.2, "2": 0.4}, "p_2": {"1": 0.9, "2": None}, "q_1": {"1": 0.5, "2": 0.5}})
-    second = run({"p_1": {"1": 0.6, "2": 0.6}, "p_2": {"1": 0.8, "2": 0.8}, "q_1": {"1": None, "2": None}})
-    values = stats.by_patient([first, second], "dice")
-    # p: ((0.3 + 0.9) / 2 + (0.6 + 0.8) / 2) / 2; q is not defined in the second draw
-    assert values == pytest.approx({"p": (0.6 + 0.7) / 2, "q": 0.5})
-    assert stats.by_patient([first], "hd95") == {}
+    second = run({"p_1": {"1": 0.6, "2": 0.6}, "p_2": {"1": 0.8, "2": 0.8}, "q_1": {"1": None, "2": None}}, 4)
+    values = stats.collect([second, first], "dice")
+    assert (values.draws, values.patients) == ((0, 4), ("p", "q"))
+    # p: (0.3 + 0.9) / 2 and (0.6 + 0.8) / 2; q is not defined in the second draw
+    assert values.array == pytest.approx(np.array([[0.6, 0.5], [0.7, np.nan]]), nan_ok=True)
+    assert values.means() == pytest.approx([0.65, 0.5])
+    assert stats.collect([first], "hd95").patients == ()
 
 
-def test_interval_is_that_of_the_mean_and_reproducible() -> None:
-    values = np.random.default_rng(0).normal(0.8, 0.1, 400)
+def test_interval_of_one_draw_is_that_over_patients_and_reproducible() -> None:
+    values = np.random.default_rng(0).normal(0.8, 0.1, (1, 400))
     low, high = stats.interval(values, np.random.default_rng(1))
     half = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - half, abs=2e-3)
     assert high == pytest.approx(values.mean() + half, abs=2e-3)
     assert stats.interval(values, np.random.default_rng(1)) == (low, high)
-    assert stats.interval(np.array([0.5, 0.5]), np.random.default_rng(1)) == (0.5, 0.5)
+    assert stats.interval(np.array([[0.5, 0.5]]), np.random.default_rng(1)) == (0.5, 0.5)
 
 
-def test_difference_is_paired_by_patient() -> None:
-    ours = {"a": 0.6, "b": 0.9, "c": 0.7, "new": 0.0}
-    theirs = {"c": 0.6, "a": 0.5, "b": 0.8}
+def test_interval_covers_draws_and_patients_together() -> None:
+    """Independent effects of draw and patient: the variances of the two means add up."""
+    generator = np.random.default_rng(2)
+    draws, patients = generator.normal(0, 0.1, (30, 1)), generator.normal(0, 0.2, (1, 100))
+    array = draws + patients
+    low, high = stats.interval(array, np.random.default_rng(3))
+    expected = 2 * 1.96 * math.sqrt(draws.var() / 30 + patients.var() / 100)
+    assert high - low == pytest.approx(expected, rel=0.08)
+    assert stats.mean(array, np.random.default_rng(3)).value == pytest.approx(array.mean())
+
+
+def test_difference_is_paired_by_draw_and_patient() -> None:
+    ours = stats.Values((0, 1), ("a", "b", "new"), np.array([[0.6, 0.9, 0.0], [0.5, np.nan, 0.0]]))
+    theirs = stats.Values((1, 0, 2), ("b", "a"), np.array([[0.1, 0.4], [0.8, 0.5], [0.0, 0.0]]))
     found = stats.difference(ours, theirs, np.random.default_rng(0))
-    assert found.mean.patients == 3
+    assert found is not None
+    assert found.mean.patients == 2
     assert (found.mean.value, found.mean.low, found.mean.high) == pytest.approx((0.1, 0.1, 0.1))
+    nobody = stats.Values((0,), (), np.zeros((1, 0)))
+    assert stats.difference(ours, nobody, np.random.default_rng(0)) is None
 
 
 def test_wilcoxon_by_hand() -> None:
