@@ -61,26 +61,22 @@ class Work:
         """Of the fold that is trained."""
         return self.folder / "nnUNet_results" / "Dataset901_Phantom" / "KAFFaults__nnUNetPlans__2d" / "fold_0"
 
-    def pretrain(
-        self, output: str, *more: str, preexec_fn: Callable[[], None] | None = None, user: int | None = None
-    ) -> subprocess.Popen[str]:
+    def pretrain(self, output: str, *more: str, preexec_fn: Callable[[], None] | None = None) -> subprocess.Popen[str]:
         """Start kaf-pretrain."""
         what = ["-d", "900", "-c", "2d", "-p", "SmallPlans", "--fold", "all", "--device", "cpu", "--preset", "simclr"]
         where = ["--output", str(self.folder / output), "--num-workers", "1", "--save-minutes", "0"]
         command = [sys.executable, "-m", "pretraining", *what, *where, *self.options, *more]
-        return self._start(command, preexec_fn, user)
+        return self._start(command, preexec_fn)
 
     def train(self, *more: str) -> subprocess.Popen[str]:
         """Start nnUNetv2_train."""
         entry = "from nnunetv2.run.run_training import run_training_entry; run_training_entry()"
         return self._start([sys.executable, "-c", entry, "901", "2d", "0", "-tr", "KAFFaults", "-device", "cpu", *more])
 
-    def _start(
-        self, command: list[str], preexec_fn: Callable[[], None] | None = None, user: int | None = None
-    ) -> subprocess.Popen[str]:
+    def _start(self, command: list[str], preexec_fn: Callable[[], None] | None = None) -> subprocess.Popen[str]:
         return subprocess.Popen(
             command, env={**os.environ, **self.environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, cwd=self.folder, preexec_fn=preexec_fn, user=user,
+            text=True, cwd=self.folder, preexec_fn=preexec_fn,
         )  # fmt: skip
 
     def wait_for(self, process: subprocess.Popen[str], path: Path) -> None:
