@@ -171,7 +171,7 @@ class KAFConfig:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in block.items()}
         try:
             return cls(**values)
-        except TypeError as error:
+        except (TypeError, LookupError) as error:
             raise KAFError(f"the plans' kaf block holds a value of the wrong type: {dict(block)} ({error})") from error
 
 

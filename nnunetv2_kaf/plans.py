@@ -133,6 +133,11 @@ def check_configuration(plans: Mapping[str, Any], configuration: str) -> KAFConf
             "architecture.arch_kwargs.spacing to the configuration's spacing."
         )
     patch = list(resolved["patch_size"])
+    if any(len(stage) != len(patch) for stage in (spacing, *options["strides"])):
+        raise KAFError(
+            f"{where}: architecture.arch_kwargs.strides: found {options['strides']} for the spacing {spacing}, "
+            f"expected {len(patch)} axes each, as the patch {patch} has. {_FIX}"
+        )
     pooling = [math.prod(s) for s in zip(*options["strides"], strict=True)]
     if any(n % s for n, s in zip(patch, pooling, strict=True)):
         raise KAFError(

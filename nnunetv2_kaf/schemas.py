@@ -290,6 +290,17 @@ class PretrainingCheckpoint(Record):
     versions: dict[str, str]
 
 
+class ContinuedTraining(Record):
+    """What `nnUNetTrainer.load_checkpoint` takes from a checkpoint."""
+
+    network_weights: Any
+    optimizer_state: dict[str, Any]
+    grad_scaler_state: dict[str, Any] | None
+    logging: dict[str, Any]
+    current_epoch: int = Field(ge=0)
+    init_args: dict[str, Any]
+
+
 class RunIdentity(Record):
     """What a pretraining run is about; a run is continued as the same one only."""
 

@@ -27,11 +27,14 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.expected_end import expected_end
 from nnunetv2_kaf.files import replacing, sweep
 from nnunetv2_kaf.plans import check_configuration, check_plans, is_kaf, kaf_plans, pretraining_folder, read_plans
+from nnunetv2_kaf.safe_load import load_safely
 from nnunetv2_kaf.schedule import WarmupPolyLRScheduler, schedule_variant
+from nnunetv2_kaf.schemas import ContinuedTraining, check
 from nnunetv2_kaf.splits import check_fold, split_few_cases
-from nnunetv2_kaf.tensors import LARGEST_WEIGHT, diverged
+from nnunetv2_kaf.tensors import LARGEST_WEIGHT, check_weights, diverged
 from nnunetv2_kaf.weights import LoadReport, load_encoder
 
+_CONTINUE_FIX = "Restore the file, name another, or train again."
 PRETRAINED_VARIABLE = "KAF_PRETRAINED"
 INITIALIZATION_FILE = "kaf_initialization.json"
 
@@ -212,6 +215,33 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         if left > 0:
             end = expected_end(self._epoch_seconds, left, datetime.now())
             self.print_to_log_file(f"KAF: expected end of the training: {end}")
+
+    def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+        """See nnU-Net, which would run what a file holds; so the file is looked at before.
+
+        Raises:
+            KAFError: the file is missing, damaged, unsafe, or of another training.
+        """
+        if isinstance(filename_or_checkpoint, str):
+            content = load_safely(filename_or_checkpoint, what="checkpoint of a training", fix=_CONTINUE_FIX)
+            if not self.was_initialized:
+                self.initialize()
+            self._check_checkpoint(content, filename_or_checkpoint)
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _check_checkpoint(self, content: dict[str, Any], where: str) -> None:
+        """Raise a KAFError for a checkpoint that nnU-Net could not take."""
+        check(ContinuedTraining, content, where, _CONTINUE_FIX)
+        weights = check_weights(content["network_weights"], f"{where}: network_weights", _CONTINUE_FIX)
+        ours = {k: tuple(v.shape) for k, v in unwrapped(self.network).state_dict().items()}
+        theirs = {k.removeprefix("module."): tuple(v.shape) for k, v in weights.items()}
+        differ = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        if differ:
+            raise KAFError(
+                f"{where}: network_weights: found another network than that of the plans: {len(differ)} tensor(s) "
+                f"differ, the first is {differ[0]} ({theirs.get(differ[0])}, expected {ours.get(differ[0])}). "
+                f"{_CONTINUE_FIX}"
+            )
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint, written beside the old one and then renamed: a full disk never costs the last one.

@@ -159,9 +159,10 @@ def check_format(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             f"{path} is not a pretraining checkpoint of nnunetv2-kaf. Expected a file written by kaf-pretrain "
             "(checkpoint_final.pth); a checkpoint of an nnU-Net training is given with -pretrained_weights instead."
         )
-    if checkpoint.get("format_version") != FORMAT_VERSION:
+    found = checkpoint.get("format_version")
+    if type(found) is not int or found != FORMAT_VERSION:
         raise KAFError(
-            f"{path} has format version {brief(checkpoint.get('format_version'))}, this nnunetv2-kaf reads "
+            f"{path} has format version {brief(found)}, this nnunetv2-kaf reads "
             f"{FORMAT_VERSION}. Install the version that wrote it, or pretrain again."
         )
 

@@ -151,7 +151,8 @@ def _check(checkpoint: Mapping[str, Any], path: Path, config: PretrainConfig, id
     """Check everything in a checkpoint that needs no network."""
     if checkpoint.get("format") != FORMAT:
         raise KAFError(f"{path} is not a checkpoint of an unfinished kaf-pretrain run. {_FRESH}")
-    if checkpoint.get("format_version") != FORMAT_VERSION:
+    found = checkpoint.get("format_version")
+    if type(found) is not int or found != FORMAT_VERSION:
         raise KAFError(f"{path} was written by another version of kaf-pretrain. {_FRESH}")
     check(RunCheckpoint, checkpoint, str(path), _FRESH)
     try:

@@ -17,6 +17,7 @@ from nnunetv2_kaf import architecture, weights
 from nnunetv2_kaf.architecture import build_network
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.files import append_checksum
+from nnunetv2_kaf.inspect import open_model
 from nnunetv2_kaf.locking import OWNER, folder_lock
 from nnunetv2_kaf.plans import check_configuration, kaf_plans, read_description, read_plans
 from nnunetv2_kaf.splits import read_splits
@@ -134,6 +135,7 @@ class Files:
         noise = np.random.default_rng(0).standard_normal((1, 2, 24, 24)).astype(np.float32)
         self.cache.create("case", self.image, noise, torch.device("cpu"))
         self.keypoints = self.cache.path("case", self.image)
+        self.safetensors = b""
         self.keypoint_bytes = self.keypoints.read_bytes()
 
     def network(self) -> torch.nn.Module:
@@ -157,6 +159,8 @@ class Files:
             ),
             "checkpoint of nnU-Net (--init)": self._nnunet,
             "checkpoint of nnssl (--init)": self._nnssl,
+            "model folder": self._model,
+            "safetensors (--init)": self._safetensors,
             "cached keypoints, as bytes": self._cached_bytes,
             "cached keypoints with a checksum": self._cached_array,
             "owner of a folder": self._owner,
@@ -226,6 +230,38 @@ class Files:
     def _init(self, content: Any) -> None:
         path = self.folder / "wrong"
         torch.save(content, path)
+        initialize_encoder(self.network(), path, 1)
+
+    def _model(self, rng: random.Random) -> None:
+        folder = self.folder / "nnUNetTrainerKAF__nnUNetPlans__2d"
+        (folder / "fold_0").mkdir(parents=True, exist_ok=True)
+        arguments = {"plans": plans(), "configuration": "2d", "fold": 0}
+        content: Any = {
+            "network_weights": dict(self.network().state_dict()), "init_args": arguments, "trainer_name": "x",
+            "inference_allowed_mirroring_axes": [0, 1], "logging": {"train_losses": [1.0]},
+        }  # fmt: skip
+        described: Any = DESCRIPTION
+        planned: Any = self.plans
+        kind = rng.random()
+        if kind < 0.4:
+            content = mutated(content, rng, tensors=True)
+        elif kind < 0.6:
+            described = mutated(described, rng)
+        else:
+            planned = mutated(planned, rng)
+        (folder / "plans.json").write_text(json.dumps(planned), encoding="utf-8")
+        (folder / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
+        torch.save(content, folder / "fold_0" / "checkpoint_final.pth")
+        with mock.patch.object(architecture, "memory", return_value=MEMORY):
+            model = open_model(folder)
+            model.build(model.folds[0])
+
+    def _safetensors(self, rng: random.Random) -> None:
+        path = self.folder / "wrong.safetensors"
+        if not self.safetensors:
+            export_nnssl(self.final, path, force=True)
+            self.safetensors = path.read_bytes()
+        path.write_bytes(damaged(self.safetensors, rng))
         initialize_encoder(self.network(), path, 1)
 
     def _cached_bytes(self, rng: random.Random) -> None:

@@ -21,7 +21,8 @@ NAMES = (
     "plans", "plans, as bytes", "dataset.json", "splits_final.json", "kaf block", "options of a run",
     "checkpoint_final.pth", "checkpoint_final.pth, as bytes", "checkpoint_latest.pth",
     "checkpoint_latest.pth, as bytes", "checkpoint of nnU-Net (--init)", "checkpoint of nnssl (--init)",
-    "cached keypoints, as bytes", "cached keypoints with a checksum", "owner of a folder",
+    "model folder", "safetensors (--init)", "cached keypoints, as bytes", "cached keypoints with a checksum",
+    "owner of a folder",
 )  # fmt: skip
 
 

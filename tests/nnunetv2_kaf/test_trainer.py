@@ -264,6 +264,78 @@ def test_resumed_and_externally_initialised_trainings_are_left_alone(
     assert "-pretrained_weights" in start(given, monkeypatch)["note"]
 
 
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+WRONG: dict[str, tuple[tuple[str, ...], Any, str]] = {
+    "no weights": (("network_weights",), None, "network_weights"),
+    "no optimiser": (("optimizer_state",), "text", "optimizer_state"),
+    "no epoch": (("current_epoch",), "3", "current_epoch"),
+    "no log": (("logging",), [], "logging"),
+    "other weights": (("network_weights",), {"stem": torch.zeros(1)}, "another network"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_training_is_not_continued_from_a_wrong_file(case: str, make: Make, tmp_path: Path) -> None:
+    trainer = make()
+    trainer.initialize()
+    file = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(file))
+    (key,), value, message = WRONG[case]
+    content = torch.load(file, weights_only=False)
+    torch.save({**content, key: value}, file)
+    with pytest.raises(KAFError, match=rf"checkpoint_latest\.pth.*{message}"):
+        make().load_checkpoint(str(file))
+    torch.save(content, file)
+    make().load_checkpoint(str(file))
+
+
+def test_a_file_to_continue_from_runs_nothing(make: Make, tmp_path: Path) -> None:
+    trainer = make()
+    trainer.initialize()
+    file, marker = tmp_path / "checkpoint_latest.pth", tmp_path / "marker"
+    trainer.save_checkpoint(str(file))
+    torch.save({**torch.load(file, weights_only=False), "more": Evil(marker)}, file)
+    with pytest.raises(KAFError, match=r"checkpoint_latest\.pth is unsafe"):
+        make().load_checkpoint(str(file))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_training_that_diverges_stops(value: float, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    trainer.initialize()
+    monkeypatch.setattr(trainer_module.nnUNetTrainer, "on_train_epoch_end", lambda self, outputs: None)
+    trainer.on_train_epoch_end([])
+    with torch.no_grad():
+        next(trainer.network.parameters()).view(-1)[0] = value
+    with pytest.raises(KAFError, match=r"weights have diverged.*checkpoints in .*fold_0 are from before"):
+        trainer.on_train_epoch_end([])
+
+
+def test_an_unfinished_pretraining_of_all_folds_is_an_error_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, _ = pretrain(make(), fold="all")
+    final.rename(final.with_name("checkpoint_latest.pth"))
+    with pytest.raises(KAFError, match=r"of all folds is unfinished: .*fold_all.*--fold all --continue"):
+        start(make(), monkeypatch)
+    pretrain(make(), fold=0)
+    assert "fold_0" in start(make(), monkeypatch)["source"], "the fold's own comes first"
+
+
+def test_what_was_set_aside_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, _ = pretrain(make(), fold=0)
+    kept = final.rename(final.with_name("checkpoint_final.pth.bak-20260101-000000"))
+    trainer = make()
+    assert str(kept) in start(trainer, monkeypatch)["note"]
+    assert str(kept) in log(trainer)
+
+
 def test_full_disk_keeps_the_last_good_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trainer = make()
     trainer.initialize()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_kaf.architecture import build_network
 from nnunetv2_kaf.config import KAFConfig
@@ -152,6 +153,19 @@ def test_plans_cannot_name_what_is_called(
     preset = ["--preset", "pcl", "--network", network_option]
     assert cli.main(["-d", "123", "-c", "2d", "-p", "EvilPlans", "--fold", "all", *preset, *fast]) == 2
     refused(capsys.readouterr().err.splitlines(keepends=True)[-1], marker, "EvilPlans")
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_the_trainer_builds_nothing_else(
+    case: str, tiny: Any, plans: dict[str, Any], marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nnunetv2_kaf.trainer import nnUNetTrainerKAF
+
+    HOSTILE[case](plans["configurations"]["2d"]["architecture"], marker)
+    manager = PlansManager(plans)
+    with pytest.raises(KAFError, match="architecture"):
+        nnUNetTrainerKAF.build_network_architecture(manager, manager.get_configuration("2d"), 1, 2, True)
+    assert not marker.exists()
 
 
 NAMED = {
