@@ -96,7 +96,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
     cutmix_probability: float = 0.5
     strong_augmentation: StrongAugmentation = StrongAugmentation()
     predict_with: str = "student"
-    guard_every: int = 10
+    guard_every: int = 25
     schedule_epochs: ClassVar[int | None] = None
     network: Any
 
