@@ -20,6 +20,7 @@ from semisupervised import cli as unlabelled_cli
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "pretraining.md"
 OPTIONS = ROOT / "docs" / "pretraining-options.md"
+FEW_LABELS = ROOT / "docs" / "few-labels.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -142,6 +143,7 @@ TABLES = {
     "step_time": PERFORMANCE,
     "predict_time": PERFORMANCE,
     "scaling": PERFORMANCE,
+    "semi_step_time": FEW_LABELS,
 }
 
 
