@@ -9,7 +9,7 @@ Every case is seen untransformed and with noise, changed intensities, rotated, a
 detected in each view as in prediction, and matched by the known transformation. Several networks of a kind (draws,
 seeds) are averaged; all must have the same plans. The cases must be such that no network was trained on their labels.
 With a study of benchmarks/low_label: RAW is its nnUNet_raw/Dataset950_TASK, a fold of a model is a run of it. Writes
-one JSON a dataset to benchmarks/results; ``--page`` writes docs/attention.md from them.
+one JSON a dataset to benchmarks/results; `--page` writes docs/attention.md from them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -140,7 +140,7 @@ def open_networks(args: argparse.Namespace) -> tuple[list[Network], TrainedModel
     """Read what --network names, and the model that tells how images are preprocessed.
 
     Raises:
-        KAFError: a value is of another form, no model is named, or the networks cannot be compared.
+        KAFError: A value is of another form, no model is named, or the networks cannot be compared.
     """
     networks, models = [], []
     for index, text in enumerate(args.network):

@@ -32,7 +32,7 @@ def jensen_shannon(first: FloatArray, second: FloatArray) -> FloatArray:
 
     Args:
         first: (..., N), rows sum to 1.
-        second: the same.
+        second: The same.
 
     Returns:
         (...) in [0, 1]; 0 = equal, 1 = no keypoint in common.
@@ -59,7 +59,7 @@ def share_that_stays(
         second: (M,) the same.
         first_mm: (N, D) positions of its keypoints in mm.
         second_mm: (M, D) positions in the same frame.
-        radius_mm: mass moves at most this far.
+        radius_mm: Mass moves at most this far.
 
     Returns:
         From 0 (all mass is elsewhere) to 1.

@@ -43,10 +43,10 @@ class Network:
     """One network to measure.
 
     Attributes:
-        kind: one of `KINDS`.
-        path: file or folder that it comes from.
-        sha256: of the checkpoint, None for random weights.
-        encoder: in evaluation mode.
+        kind: One of `KINDS`.
+        path: File or folder that it comes from.
+        sha256: SHA-256 of the checkpoint, None for random weights.
+        encoder: Encoder in evaluation mode.
     """
 
     kind: str
@@ -61,9 +61,9 @@ class Seen:
 
     Attributes:
         source: (N, D) keypoints in voxels of the source image.
-        control: the view's spline, from source to view.
-        shape: of the view.
-        attention: by level (blocks, heads, N, N).
+        control: The view's spline, from source to view.
+        shape: Shape of the view.
+        attention: Attention by level (blocks, heads, N, N).
     """
 
     source: npt.NDArray[np.float64]
@@ -84,13 +84,13 @@ def open_network(kind: str, path: Path, seed: int) -> tuple[Network, TrainedMode
         kind: "random": the network of a fold's plans with fresh weights; "scratch" and "trained": a fold of a model;
             "pretrained": checkpoint_final.pth of kaf-pretrain.
         path: fold_N folder of a model, or a file for "pretrained".
-        seed: of fresh weights.
+        seed: Seed of fresh weights.
 
     Returns:
         The network, and the model whose fold was named.
 
     Raises:
-        KAFError: the path holds nothing of that kind, or a network without keypoint layers.
+        KAFError: The path holds nothing of that kind, or a network without keypoint layers.
     """
     if kind == "pretrained":
         encoder = _pretrained(path)
@@ -155,9 +155,9 @@ def patches(model: TrainedModel, images: Sequence[Path], label: Path | None, sli
     """Preprocess a case and choose where to look.
 
     Args:
-        model: whose preprocessing is used.
-        images: a file per channel.
-        label: reference, or None.
+        model: Model whose preprocessing is used.
+        images: A file per channel.
+        label: Reference, or None.
         slices: 2D: so many slices, spread over those with foreground (without labels over all).
 
     Returns:

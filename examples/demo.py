@@ -1,4 +1,4 @@
-"""The whole path on one dataset with nnU-Net's stock commands: ``make demo`` or ``python examples/demo.py --help``.
+"""The whole path on one dataset with nnU-Net's stock commands: `make demo` or `python examples/demo.py --help`.
 
 Each command is printed as typed, runs with its output in a log file, and leaves a marker when it is done. Run again
 after an interruption, the demo skips what is done and continues what is not.
@@ -31,11 +31,11 @@ class Settings:
     """Where and on what the demo runs.
 
     Attributes:
-        name: dataset folder name, ``DatasetXXX_Name``.
-        identifier: its number.
+        name: dataset folder name, `DatasetXXX_Name`.
+        identifier: Its number.
         configuration: nnU-Net configuration.
-        device: ``cpu``, ``cuda`` or ``mps``.
-        output: folder of everything that the demo makes.
+        device: `cpu`, `cuda` or `mps`.
+        output: Folder of everything that the demo makes.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the demo; ``resume`` returns the extra options that continue an interrupted run."""
+    """One command of the demo; `resume` returns the extra options that continue an interrupted run."""
 
     name: str
     command: tuple[str, ...]
@@ -81,7 +81,7 @@ def say(text: str = "", end: str = "\n") -> None:
 
 
 def build_steps(settings: Settings) -> list[Step]:
-    """Return the commands in the order in which they run."""
+    """The commands in the order in which they run."""
     dataset, configuration, device = settings.identifier, settings.configuration, settings.device
     predictions = str(settings.run / "predictions")
     model = ("-c", configuration, "-tr", TRAINER, "-p", PLANS)
@@ -117,7 +117,7 @@ def build_steps(settings: Settings) -> list[Step]:
 
 
 def environment(output: Path) -> dict[str, str]:
-    """Return the environment of the commands: the demo's own nnU-Net folders, none of the user's settings."""
+    """The environment of the commands: the demo's own nnU-Net folders, none of the user's settings."""
     own = {key: value for key, value in os.environ.items() if not key.startswith(("nnUNet_", "KAF_"))}
     workers = str(max(1, min(8, (os.cpu_count() or 1) // 2)))
     own |= {name: str(output / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
@@ -128,7 +128,7 @@ def environment(output: Path) -> dict[str, str]:
 
 
 def last_line(log: Path, limit: int = 100) -> str:
-    """Return the last line with text of a log, also of a progress bar that rewrites its line."""
+    """The last line with text of a log, also of a progress bar that rewrites its line."""
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - 4096))
         lines = stream.read().decode("utf-8", errors="replace").replace("\r", "\n").splitlines()
@@ -136,7 +136,7 @@ def last_line(log: Path, limit: int = 100) -> str:
 
 
 def watch(process: subprocess.Popen[bytes], log: Path, start: float) -> int:
-    """Show a line of progress until ``process`` ends; return its exit code."""
+    """Show a line of progress until `process` ends; return its exit code."""
     live, reported = sys.stdout.isatty(), start
     while (code := process.poll()) is None:
         time.sleep(POLL_SECONDS)
@@ -163,7 +163,7 @@ def run_step(number: int, step: Step, settings: Settings) -> None:
     """Run one step unless its marker shows that the same command is done.
 
     Raises:
-        KAFError: the command failed; the message shows the end of its log.
+        KAFError: The command failed; the message shows the end of its log.
     """
     log = settings.run / f"{number}_{step.name}.log"
     marker, typed = log.with_suffix(".done"), shlex.join(step.command)
@@ -211,7 +211,7 @@ def report(settings: Settings) -> None:
 
 
 def find_device() -> str:
-    """Return ``cuda`` where PyTorch finds a GPU, else ``cpu``."""
+    """`cuda` where PyTorch finds a GPU, else `cpu`."""
     code = "import torch; raise SystemExit(not torch.cuda.is_available())"
     return (
         "cpu" if subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode else "cuda"
@@ -224,8 +224,8 @@ def run(data: str, configuration: str, device: str, output: Path) -> None:
     Args:
         data: nnU-Net raw dataset folder; empty for the embedded phantoms.
         configuration: nnU-Net configuration.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        output: folder of everything that the demo makes.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        output: Folder of everything that the demo makes.
     """
     start = time.monotonic()
     output = output.resolve()

@@ -29,7 +29,7 @@ class View:
         keypoints: (N, 2) positions (y, x) in voxels of the points detected within a slice of this one.
         prediction: (y, x) labels.
         reference: (y, x) labels.
-        aspect: height over width of a voxel.
+        aspect: Height over width of a voxel.
     """
 
     image: FloatArray
@@ -40,7 +40,7 @@ class View:
 
 
 def class_names(labels: dict[str, Any]) -> dict[str, str]:
-    """Map the keys of nnU-Net's ``summary.json`` to the names in ``dataset.json``, regions included."""
+    """Map the keys of nnU-Net's `summary.json` to the names in `dataset.json`, regions included."""
     return {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
 
 
@@ -50,11 +50,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def dice_table(summary: dict[str, Any], labels: dict[str, Any]) -> str:
-    """Return Dice per case and class with means; ``-`` where a class is in neither mask.
+    """Dice per case and class with means; `-` where a class is in neither mask.
 
     Args:
-        summary: content of ``summary.json`` of ``nnUNetv2_evaluate_folder``.
-        labels: the ``labels`` of ``dataset.json``.
+        summary: Content of `summary.json` of `nnUNetv2_evaluate_folder`.
+        labels: The `labels` of `dataset.json`.
     """
     names = class_names(labels)
     keys = list(summary["metric_per_case"][0]["metrics"])
@@ -74,7 +74,7 @@ def dice_table(summary: dict[str, Any], labels: dict[str, Any]) -> str:
 
 
 def patch_around(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
-    """Return the slices of a patch of ``size`` (smaller where the image is) around ``centre``, inside ``shape``."""
+    """The slices of a patch of `size` (smaller where the image is) around `centre`, inside `shape`."""
     starts = [max(0, min(c - n // 2, full - n)) for c, full, n in zip(centre, shape, size, strict=True)]
     return tuple(slice(start, min(start + n, full)) for start, n, full in zip(starts, size, shape, strict=True))
 

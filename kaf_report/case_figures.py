@@ -24,9 +24,9 @@ class Plane:
     """One plane of the inspected patch.
 
     Attributes:
-        axis: that is cut; 0 in 2D.
-        position: voxel of the patch on that axis.
-        start: voxel of the volume where the patch starts.
+        axis: Axis that is cut; 0 in 2D.
+        position: Voxel of the patch on that axis.
+        start: Voxel of the volume where the patch starts.
     """
 
     axis: int
@@ -101,8 +101,8 @@ def attention_of_keypoint(view: CaseView, query: int) -> bytes:
     """What one keypoint attends to: a row per level with the head mean on every plane, then the single heads.
 
     Args:
-        view: the case.
-        query: number among `view.keypoints`.
+        view: The case.
+        query: Number among `view.keypoints`.
     """
     points, image = points_of(view), patch_of(view)
     planes = planes_through(view, points[query])

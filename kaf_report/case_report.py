@@ -28,14 +28,14 @@ class Case:
     """What is kept of a case: numbers and files, not the image.
 
     Attributes:
-        name: identifier.
-        scores: by structure; None without a reference.
-        result: picture.
-        keypoints: picture, None in a plain network.
-        attention: name and picture of every chosen keypoint.
-        fusion: picture, None in a plain network.
+        name: Identifier.
+        scores: Scores by structure; None without a reference.
+        result: Picture.
+        keypoints: Picture, None in a plain network.
+        attention: Name and picture of every chosen keypoint.
+        fusion: Picture, None in a plain network.
         scales: mm, ascending.
-        notes: what is not shown and why.
+        notes: What is not shown and why.
     """
 
     name: str
@@ -57,11 +57,11 @@ def draw(model: TrainedModel, view: CaseView, number: int, keypoints: int, album
     """Draw and save the pictures of a case.
 
     Args:
-        model: that the case went through.
-        view: the case.
-        number: of the case, for the names of the files.
-        keypoints: whose attention is drawn.
-        album: where pictures are saved.
+        model: Model that the case went through.
+        view: The case.
+        number: Number of the case, for the names of the files.
+        keypoints: Keypoints whose attention is drawn.
+        album: Album where pictures are saved.
     """
 
     def save(name: str, data: bytes, text: str) -> Saved:

@@ -15,7 +15,7 @@ MODEL_ONLY = {"images": "-i", "labels": "-l", "folds": "--folds"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser."""
+    """The parser."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Write one page, report.html, that shows what a model or a pretraining has learned. It needs no "
@@ -66,7 +66,7 @@ def _run(parsed: argparse.Namespace) -> Path:
     """Find out what the folder is, and report on it; returns the page.
 
     Raises:
-        KAFError: it is neither a model nor a pretraining, or an option is wrong.
+        KAFError: It is neither a model nor a pretraining, or an option is wrong.
     """
     folder: Path = parsed.folder
     if parsed.keypoints < 1 or parsed.pairs < 1:
@@ -105,7 +105,7 @@ def find_kind(folder: Path) -> tuple[str, Path]:
     """What a folder is: ("model" or "pretraining", the folder to read).
 
     Raises:
-        KAFError: it is neither, or several pretrainings.
+        KAFError: It is neither, or several pretrainings.
     """
     if not folder.is_dir():
         raise KAFError(f"{folder} does not exist or is no folder. Give a model folder or the folder of a pretraining.")

@@ -32,15 +32,15 @@ class Options:
     """What to report on.
 
     Attributes:
-        folder: of the model.
-        images: folder of images in nnU-Net's naming, or None.
-        labels: folder of their references, or None.
-        out: folder of the report.
-        folds: names; None = all.
-        checkpoint: file name in the folds.
-        keypoints: whose attention is shown, per case.
-        device: to predict on.
-        mirror: use nnU-Net's test-time mirroring.
+        folder: Folder of the model.
+        images: Folder of images in nnU-Net's naming, or None.
+        labels: Folder of their references, or None.
+        out: Folder of the report.
+        folds: Names; None = all.
+        checkpoint: File name in the folds.
+        keypoints: Keypoints whose attention is shown, per case.
+        device: Device to predict on.
+        mirror: Use nnU-Net's test-time mirroring.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ def report_model(options: Options) -> Path:
     """Write the report of a model; returns the page.
 
     Raises:
-        KAFError: the folder holds no readable model, or no case can be shown.
+        KAFError: The folder holds no readable model, or no case can be shown.
     """
     model = open_model(options.folder, options.folds, options.checkpoint)
     files = [] if options.images is None else case_files(model, options.images, options.labels)
@@ -89,7 +89,7 @@ def case_files(model: TrainedModel, images: Path, labels: Path | None) -> list[t
     """Image files of every case of a folder, and its label file if there is one.
 
     Raises:
-        KAFError: there are no cases, or a folder of labels fits none.
+        KAFError: There are no cases, or a folder of labels fits none.
     """
     ending = model.dataset_json["file_ending"]
     first = sorted(images.glob(f"*_0000{ending}")) if images.is_dir() else []
@@ -144,7 +144,7 @@ def _cases(
     """Predict and draw every case; those that fail are sentences.
 
     Raises:
-        KAFError: all failed.
+        KAFError: All failed.
     """
     cases, failed = [], []
     for number, (images, label) in enumerate(tqdm(files, desc="cases", unit="case", disable=None if files else True)):

@@ -24,9 +24,9 @@ class Picture:
     """A picture in the page.
 
     Attributes:
-        source: the picture itself as a data URI; empty if the page is full.
-        file: of the PNG, relative to the page.
-        text: what it shows, for those who do not see it.
+        source: The picture itself as a data URI; empty if the page is full.
+        file: File of the PNG, relative to the page.
+        text: What it shows, for those who do not see it.
     """
 
     source: str
@@ -39,8 +39,8 @@ class Album:
     """Writes PNGs and hands them to the page, in the order of their importance.
 
     Attributes:
-        folder: of the report.
-        used: bytes of the page that pictures take so far.
+        folder: Folder of the report.
+        used: Bytes of the page that pictures take so far.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Album:
         """Write a PNG under a name of ours, never one from a file; returns its path relative to the page.
 
         Raises:
-            KAFError: it cannot be written.
+            KAFError: It cannot be written.
         """
         file = f"{PICTURES}/{name}.png"
         with replacing(self.folder / file, "Choose another folder with -o.") as temporary:
@@ -61,8 +61,8 @@ class Album:
         """Take a saved PNG into the page if there is room.
 
         Args:
-            file: from `save`.
-            text: what it shows.
+            file: File from `save`.
+            text: What it shows.
         """
         data = (self.folder / file).read_bytes()
         size = 4 * len(data) // 3
@@ -92,7 +92,7 @@ def write(folder: Path, template: str, content: Mapping[str, Any]) -> Path:
     """Write the page.
 
     Raises:
-        KAFError: it cannot be written.
+        KAFError: It cannot be written.
     """
     page = folder / REPORT
     text = render(template, content)
@@ -105,7 +105,7 @@ def prepare_folder(folder: Path) -> None:
     """Make the folder of a report, and remove the pictures of an earlier one.
 
     Raises:
-        KAFError: it cannot be made, or is in use for something else.
+        KAFError: It cannot be made, or is in use for something else.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def pair(views: Array, coords: Array, valid_second: Array, matching: Matching, s
             are projected on it.
         coords: (2, K, D) voxels.
         valid_second: (K,) bool.
-        matching: of the pair.
+        matching: Matching of the pair.
         spacing: D mm per voxel.
     """
     planes = [_plane(view, points, where) for view, points, where in zip(
@@ -106,7 +106,7 @@ def neighbours(views: Array, vectors: Array, patients: Sequence[str], queries: i
         views: (N, *V), one channel.
         vectors: (N, E) global vectors.
         patients: N, to mark the same patient.
-        queries: rows; the first views are the queries.
+        queries: Rows; the first views are the queries.
         spacing: D mm per voxel.
     """
     similarity = _unit(vectors) @ _unit(vectors).T

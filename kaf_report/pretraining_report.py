@@ -30,7 +30,7 @@ def report_pretraining(folder: Path, out: Path, pairs: int, device: str) -> Path
     """Write the report of a pretraining; returns the page.
 
     Raises:
-        KAFError: the folder holds no readable pretraining.
+        KAFError: The folder holds no readable pretraining.
     """
     run = open_run(folder)
     prepare_folder(out)

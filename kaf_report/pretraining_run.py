@@ -30,11 +30,11 @@ class Run:
     """What a folder of a pretraining says about it.
 
     Attributes:
-        folder: of the run.
-        config: options of the objectives.
+        folder: Folder of the run.
+        config: Options of the objectives.
         identity: dataset, plans, configuration, fold, cases, ...
-        history: per epoch.
-        weights: of the full network; None while the run is not finished.
+        history: One record per epoch.
+        weights: Weights of the full network; None while the run is not finished.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ def open_run(folder: Path) -> Run:
     """Read what a folder of a pretraining holds.
 
     Raises:
-        KAFError: its checkpoint cannot be read, or is of another kind.
+        KAFError: Its checkpoint cannot be read, or is of another kind.
     """
     final = folder / FINAL
     if final.is_file():
@@ -93,7 +93,7 @@ def task_of(run: Run) -> Task:
     """Dataset and plans of the run.
 
     Raises:
-        KAFError: they are not where nnU-Net's variables say.
+        KAFError: They are not where nnU-Net's variables say.
     """
     identity = run.identity
     return resolve_task(identity["dataset"], identity["configuration"], identity["plans"], run.config.network)
@@ -103,7 +103,7 @@ def load_model(run: Run, task: Task, device: torch.device) -> tuple[PretrainingM
     """The encoder, with the heads if the last save is there; and a note for the page.
 
     Raises:
-        KAFError: the weights do not fit the dataset's plans.
+        KAFError: The weights do not fit the dataset's plans.
     """
     why = "is gone"
     with torch.random.fork_rng(devices=[]):  # a save also restores the state of the random generator
@@ -138,7 +138,7 @@ def data_of(run: Run, task: Task, device: torch.device) -> Data:
     """The images of the run's first dataset, as the run divides them into training and held-out patients.
 
     Raises:
-        KAFError: they are missing or bad.
+        KAFError: They are missing or bad.
     """
     fold = run.identity["fold"]
     fold = int(fold) if str(fold).isdigit() else fold
@@ -150,10 +150,10 @@ def describe(loader: PairLoader, model: PretrainingModel, pairs: int, device: to
     """Make pairs and pass them through a model.
 
     Args:
-        loader: of the patients to show.
-        model: in evaluation mode.
-        pairs: at least so many.
-        device: where the model is.
+        loader: Loader of the patients to show.
+        model: Model in evaluation mode.
+        pairs: How many at least.
+        device: Device of the model.
     """
     parts: list[tuple[Any, ...]] = []
     for step in range(-(-pairs // loader.batch_size)):

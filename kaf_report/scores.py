@@ -21,7 +21,7 @@ class Score:
 
     Attributes:
         dice: None if the structure is in neither mask.
-        hd95: in mm; None if a mask is empty.
+        hd95: HD95 in mm; None if a mask is empty.
         missing: "prediction" or "reference" if that mask alone is empty, else "".
     """
 
@@ -36,9 +36,9 @@ def score(
     """Compare a prediction with its reference, on the grid of the image file.
 
     Args:
-        prediction: labels (Z, Y, X).
-        reference: labels (Z, Y, X).
-        spacing: voxel sizes in mm.
+        prediction: Labels (Z, Y, X).
+        reference: Labels (Z, Y, X).
+        spacing: Voxel sizes in mm.
         labels: nnU-Net's description of the labels; voxels with the ignore label count for nothing.
 
     Returns:
@@ -69,9 +69,9 @@ def hausdorff95(ours: Mask, theirs: Mask, spacing: Sequence[float]) -> float:
     """The 95 % Hausdorff distance: the larger one of the two directed 95th percentiles of surface distances, in mm.
 
     Args:
-        ours: not empty.
-        theirs: not empty.
-        spacing: voxel sizes in mm.
+        ours: Not empty.
+        theirs: Not empty.
+        spacing: Voxel sizes in mm.
     """
     box = _bounding_box(ours | theirs)
     surfaces = [_surface(mask[box]) for mask in (ours, theirs)]

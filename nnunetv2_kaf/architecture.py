@@ -61,14 +61,14 @@ def build_network(
 
     Args:
         entry: `network_class_name`, `arch_kwargs` and `_kw_requires_import`, as in nnU-Net's plans.
-        input_channels: of the network.
-        outputs: segmentation heads.
-        where: file and place, for messages.
-        deep_supervision: outputs of all decoder levels.
-        initialize: apply the network's own initialisation of weights.
+        input_channels: Channels of the network's input.
+        outputs: Segmentation heads.
+        where: File and place, for messages.
+        deep_supervision: Outputs of all decoder levels.
+        initialize: Apply the network's own initialisation of weights.
 
     Raises:
-        KAFError: the entry names something else than a known network or operator, its options do not fit together, or
+        KAFError: The entry names something else than a known network or operator, its options do not fit together, or
             the network does not fit into memory. Nothing was imported or called then.
     """
     network_class, arguments = resolve(entry, where)
@@ -101,7 +101,7 @@ def resolve(entry: Mapping[str, Any], where: str) -> tuple[type[nn.Module], dict
     """The class and the arguments of a network, with operators in place of their names.
 
     Raises:
-        KAFError: see `build_network`.
+        KAFError: See `build_network`.
     """
     check(ArchitectureEntry, entry, f"{where}: architecture", "Restore the file, or plan again.")
     arguments = dict(entry["arch_kwargs"])
@@ -126,7 +126,7 @@ def network_class_of(name: object, where: str) -> type[nn.Module]:
     """The network class that a file names.
 
     Raises:
-        KAFError: it is none of ours or nnU-Net's UNets.
+        KAFError: It is none of ours or nnU-Net's UNets.
     """
     package, _, last = name.rpartition(".") if isinstance(name, str) else ("", "", "")
     if name == NETWORK_CLASS:
@@ -146,7 +146,7 @@ def operator(option: str, name: object, where: str) -> type[nn.Module] | None:
     """The torch module that a file names as an operator; None stays None.
 
     Raises:
-        KAFError: it is no module of torch for this purpose.
+        KAFError: It is no module of torch for this purpose.
     """
     if name is None and option != "conv_op":
         return None

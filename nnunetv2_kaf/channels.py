@@ -78,13 +78,13 @@ def resize_kernel(weight: Tensor, kernel: Sequence[int]) -> Tensor:
 
     Args:
         weight: (F, C, *old), odd sizes.
-        kernel: new sizes, odd, one per axis.
+        kernel: New sizes, odd, one per axis.
 
     Returns:
         (F, C, *kernel).
 
     Raises:
-        KAFError: the number of axes differs, or a size is even and changes: it has no centre.
+        KAFError: The number of axes differs, or a size is even and changes: it has no centre.
     """
     if len(kernel) != weight.ndim - 2:
         raise KAFError(f"kernel of {weight.ndim - 2} axes in the file, {len(kernel)} here")

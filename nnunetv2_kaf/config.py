@@ -34,27 +34,27 @@ class KAFConfig:
 
     Attributes:
         num_keypoints: K, keypoints per sample; fewer detections are padded and masked, more are cut to the strongest.
-        levels: encoder levels that carry a layer (0 = full resolution); None = every level but the bottleneck, as in
+        levels: Encoder levels that carry a layer (0 = full resolution); None = every level but the bottleneck, as in
             the paper. Plans name them, see `planned`.
         token_dim: D, width of the keypoint tokens.
         num_blocks: self-attention blocks per level.
-        num_heads: attention heads; must divide `token_dim`.
-        mlp_ratio: width of the blocks' residual MLP, in multiples of D.
-        position_hidden: hidden widths of the position encoding's MLP.
+        num_heads: Attention heads; must divide `token_dim`.
+        mlp_ratio: Width of the blocks' residual MLP, in multiples of D.
+        position_hidden: Hidden widths of the position encoding's MLP.
         fusion: "add" (zero-initialised residual) or "concat" (the paper's).
         diffusion_channels: None = one convolution D -> C of the scattered tokens; a number H = the paper's
             conv D -> H, instance norm, ReLU, conv H -> C.
-        detection_channels: input channels that keypoints are detected in; the image channels, never a cascade's
+        detection_channels: Input channels that keypoints are detected in; the image channels, never a cascade's
             one-hot segmentation.
-        detection_scales: standard deviations of the Gaussian scale space, in multiples of the finest voxel spacing;
+        detection_scales: Standard deviations of the Gaussian scale space, in multiples of the finest voxel spacing;
             at least three, ascending.
-        detection_threshold: smallest difference-of-Gaussians response of a keypoint, in multiples of the standard
+        detection_threshold: Smallest difference-of-Gaussians response of a keypoint, in multiples of the standard
             deviation of its channel in the patch.
-        activation_checkpointing: compute the activations of each stage of encoder and decoder a second time in the
+        activation_checkpointing: Compute the activations of each stage of encoder and decoder a second time in the
             backward pass instead of keeping them: less memory, more time, the same result (Chen et al., 2016).
 
     Raises:
-        KAFError: a value is out of range; the message names the option.
+        KAFError: A value is out of range; the message names the option.
     """
 
     num_keypoints: int = 256
@@ -131,9 +131,9 @@ class KAFConfig:
         """These layers as plans have them: one keypoint per 128 voxels at most, and the levels by their numbers.
 
         Args:
-            patch_size: of the configuration, in voxels.
-            n_stages: of the encoder, the bottleneck among them.
-            finest_level: first one of the levels, where this record names none; an encoder of two stages has level 0
+            patch_size: Patch size of the configuration, in voxels.
+            n_stages: Stages of the encoder, the bottleneck among them.
+            finest_level: Finest level with a layer, where this record names none; an encoder of two stages has level 0
                 only.
         """
         most = max(1, int(math.prod(patch_size)) // VOXELS_PER_KEYPOINT)
@@ -154,7 +154,7 @@ class KAFConfig:
             block: JSON types; fields that are absent take today's default.
 
         Raises:
-            KAFError: a key is unknown or a value is out of range.
+            KAFError: A key is unknown or a value is out of range.
         """
         if not isinstance(block, Mapping):
             raise KAFError(

@@ -55,9 +55,9 @@ def run(program: str, action: Callable[[], None], interrupted: str) -> int:
     """Run a command, and say in one line what went wrong.
 
     Args:
-        program: its name.
-        action: the command.
-        interrupted: what Ctrl-C leaves.
+        program: Its name.
+        action: The command.
+        interrupted: What Ctrl-C leaves.
 
     Returns:
         The exit code: 0 done, 2 bad input or a broken environment, 130 interrupted.
@@ -91,7 +91,7 @@ def path(text: str) -> Path:
     """An option that is a path: an empty one (of an unset variable in a script) is no folder to write to.
 
     Raises:
-        argparse.ArgumentTypeError: it is empty, or holds a NUL character.
+        argparse.ArgumentTypeError: It is empty, or holds a NUL character.
     """
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a path")

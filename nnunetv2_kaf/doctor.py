@@ -40,7 +40,7 @@ class Check:
 
     Attributes:
         name: What was checked.
-        status: ok; warn (works, with a limit worth knowing); fail (something that users need is broken).
+        status: Ok; warn (works, with a limit worth knowing); fail (something that users need is broken).
         found: What was found.
         fix: What to do about it; empty if the status is ok.
     """
@@ -64,7 +64,7 @@ def check_package(name: str, minimum: str = "0", fix: str = "") -> Check:
 
     Args:
         name: Distribution name.
-        minimum: Oldest version that works, such as ``2.7``.
+        minimum: Oldest version that works, such as `2.7`.
         fix: What to do otherwise.
     """
     try:
@@ -84,7 +84,7 @@ def check_discovery(probe: Probe, name: str) -> Check:
 
     Args:
         probe: Answer of the discovery probe.
-        name: Name as given to ``-tr`` or ``-pl``.
+        name: Name as given to `-tr` or `-pl`.
     """
     title = f"nnU-Net finds {name}"
     if probe.error:
@@ -144,7 +144,7 @@ def check_device(probe: Probe) -> Check:
 
 
 def check_compile(probe: Probe) -> Check:
-    """``torch.compile`` works; nnU-Net uses it by default when it trains on CUDA and never on other devices."""
+    """`torch.compile` works; nnU-Net uses it by default when it trains on CUDA and never on other devices."""
     if not probe.error:
         return Check("torch.compile", "ok", f"works on {probe.answer['device']}")
     fix = "install a C++ compiler (such as gcc), or switch it off: export nnUNet_compile=f"
@@ -248,7 +248,7 @@ def run_checks(timeout_s: float, with_compile: bool, models: Sequence[Needs] = (
 
     Args:
         timeout_s: Seconds that each of the fresh interpreters may take; most of it is the import of torch.
-        with_compile: Also compile a small function with ``torch.compile``.
+        with_compile: Also compile a small function with `torch.compile`.
         models: What is to predict here.
     """
     codes = [discovery_of([needed.trainer for needed in models]), TORCH, *([COMPILE] if with_compile else [])]
@@ -295,7 +295,7 @@ def format_json(checks: Sequence[Check]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser."""
+    """The parser."""
     parser = argparse.ArgumentParser(
         prog="kaf-doctor",
         description="Check whether nnU-Net finds the KAF trainers and planners here, which versions and devices there "

@@ -14,10 +14,10 @@ def expected_end(epoch_seconds: Sequence[float], left: int, now: datetime) -> st
     """Say when a training ends.
 
     Args:
-        epoch_seconds: of the epochs done so far in this process, at least one; the median of the last ten counts, so
-            that neither the slow first epoch nor a pause decides.
-        left: epochs still to do.
-        now: local time.
+        epoch_seconds: Durations of the epochs so far in this process, at least one; the median of the last ten counts,
+            so that neither the slow first epoch nor a pause decides.
+        left: Epochs still to do.
+        now: Local time.
 
     Returns:
         For example "2026-11-26 18:40 (5:12 h left, 61 s an epoch)".

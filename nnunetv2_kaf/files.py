@@ -121,7 +121,7 @@ def has_checksum(path: Path) -> bool:
     """Whether a file is as it was when `append_checksum` closed it.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: It cannot be read.
     """
     digest, left = hashlib.sha256(), path.stat().st_size - 64
     if left < 0:
@@ -137,11 +137,11 @@ def check_cache(paths: Iterable[Path], threads: int) -> None:
     """Compare the files of a cache with the checksums at their ends.
 
     Args:
-        paths: written with `append_checksum`.
-        threads: files at a time.
+        paths: Written with `append_checksum`.
+        threads: Files at a time.
 
     Raises:
-        KAFError: some are damaged or cannot be read; the command that deletes them is named.
+        KAFError: Some are damaged or cannot be read; the command that deletes them is named.
     """
     listed = list(paths)
 

@@ -18,10 +18,10 @@ class Fit(NamedTuple):
     """How the weights of a file meet an encoder.
 
     Attributes:
-        values: tensors to copy, by name, in the shape of the encoder's.
-        adapted: the rule that made a tensor fit, by name, or why one of the file is not used.
-        left: names that stay at their initialisation.
-        misfits: what does not fit, one line each.
+        values: Tensors to copy, by name, in the shape of the encoder's.
+        adapted: The rule that made a tensor fit, by name, or why one of the file is not used.
+        left: Names that stay at their initialisation.
+        misfits: What does not fit, one line each.
     """
 
     values: dict[str, Tensor]
@@ -40,11 +40,11 @@ def fit(
     """Bring the weights of a file into the shapes of an encoder.
 
     Args:
-        weights: of the file.
-        target: state dict of the encoder.
-        first: names of the weights that see the input.
-        concatenated: prefixes of the stages whose input is doubled by a `concat` fusion.
-        adapt: also take weights of other kernel sizes (`resize_kernel`), and of an encoder with more or fewer stages or
+        weights: Weights of the file.
+        target: State dict of the encoder.
+        first: Names of the weights that see the input.
+        concatenated: Prefixes of the stages whose input is doubled by a `concat` fusion.
+        adapt: Also take weights of other kernel sizes (`resize_kernel`), and of an encoder with more or fewer stages or
             convolutions: what the file does not have stays as it is, what the encoder does not have is not used.
     """
     result = Fit({}, {}, [], [])
@@ -93,7 +93,7 @@ def _fit_tensor(
     """Value for one tensor and the rule that made it fit; None = it stays as it is.
 
     Raises:
-        KAFError: the file has no tensor that fits.
+        KAFError: The file has no tensor that fits.
     """
     value = weights.get(name)
     if value is None:

@@ -34,11 +34,11 @@ def folder_lock(folder: Path, remedy: str) -> Iterator[None]:
     file system does not tell one machine of the locks of another, the signs of life in the owner's file do.
 
     Args:
-        folder: exists.
-        remedy: what else the user can do, a sentence.
+        folder: Exists.
+        remedy: What else the user can do, a sentence.
 
     Raises:
-        KAFError: another process holds it (its host and number are named), or it takes no lock file.
+        KAFError: Another process holds it (its host and number are named), or it takes no lock file.
     """
     lock, owner = FileLock(str(folder / LOCK)), folder / OWNER
     try:
@@ -69,7 +69,7 @@ def _check_other_hosts(folder: Path, owner: Path, remedy: str) -> None:
     """Look at who had the folder before.
 
     Raises:
-        KAFError: a process on another machine, a short while ago.
+        KAFError: A process on another machine, a short while ago.
     """
     left = _read(owner)
     if not left:

@@ -23,8 +23,8 @@ class Needs:
 
     Attributes:
         name: TRAINER__PLANS__CONFIGURATION.
-        trainer: class that nnU-Net looks for by name.
-        networks: dotted names of the network classes in its plans.
+        trainer: Class that nnU-Net looks for by name.
+        networks: Dotted names of the network classes in its plans.
     """
 
     name: str
@@ -41,7 +41,7 @@ def needs_of(path: Path) -> list[Needs]:
     """The models in a folder or a zip.
 
     Raises:
-        KAFError: there is no such file, it is none of these, or holds no model.
+        KAFError: There is no such file, it is none of these, or holds no model.
     """
     try:
         found = [_needs(*entry) for entry in _plans_files(path)]

@@ -44,9 +44,9 @@ def kaf_architecture(
 
     Args:
         architecture: nnU-Net's entry for `PlainConvUNet` or `ResidualEncoderUNet`.
-        spacing: of the configuration, in mm, array order.
-        num_image_channels: channels of the images; keypoints are detected in all of them.
-        config: the layers; its `detection_channels` are replaced by the image channels.
+        spacing: Voxel sizes of the configuration in mm, array order.
+        num_image_channels: Channels of the images; keypoints are detected in all of them.
+        config: The layers; its `detection_channels` are replaced by the image channels.
 
     Returns:
         A new entry; every option of the original is kept.
@@ -70,14 +70,14 @@ def kaf_plans(plans: Mapping[str, Any], config: KAFConfig | None = None) -> dict
     Args:
         plans: nnU-Net's plans; not changed. Configurations that already name a `KAFUNet` keep it, with every option of
             its kaf block written out; those with a network of another kind stay as they are.
-        config: the layers, as given; None = the defaults, as `KAFConfig.planned` suits them to patch and network.
+        config: The layers, as given; None = the defaults, as `KAFConfig.planned` suits them to patch and network.
 
     Returns:
         A deep copy. A configuration that only inherits its architecture keeps inheriting it, unless it changes the
         spacing or the patch size, which the network depends on.
 
     Raises:
-        KAFError: a kaf block that is there already is wrong.
+        KAFError: A kaf block that is there already is wrong.
     """
     out = deepcopy(dict(plans))
     for name, own in plans["configurations"].items():
@@ -105,7 +105,7 @@ def check_configuration(plans: Mapping[str, Any], configuration: str) -> KAFConf
         The configuration's layers.
 
     Raises:
-        KAFError: the network is of another kind, the kaf block or its spacing is wrong, the patch cannot be pooled, or
+        KAFError: The network is of another kind, the kaf block or its spacing is wrong, the patch cannot be pooled, or
             it has fewer voxels than keypoints.
     """
     where = f"plans {plans['plans_name']}, configuration {configuration}"
@@ -159,10 +159,10 @@ def pretraining_folder(
 
     Args:
         dataset_name: DatasetXXX_Name.
-        plans_name: plans identifier.
+        plans_name: Plans identifier.
         configuration: 2d, 3d_fullres, ...
-        fold: whose validation cases were left out, or "all".
-        kind: first part of the folder's name.
+        fold: The fold whose validation cases were left out, or "all".
+        kind: First part of the folder's name.
 
     Raises:
         KAFError: nnUNet_results is not set.
@@ -178,7 +178,7 @@ def read_plans(path: Path) -> dict[str, Any]:
     """Read a plans file and check what is used of it (`check_plans`).
 
     Raises:
-        KAFError: it cannot be read, or an entry is wrong.
+        KAFError: It cannot be read, or an entry is wrong.
     """
     plans = read_json(path, "Restore it, or plan the experiment again.")
     check_plans(plans, str(path))
@@ -189,7 +189,7 @@ def read_description(path: Path) -> dict[str, Any]:
     """Read a dataset.json and check what is used of it.
 
     Raises:
-        KAFError: it cannot be read, or an entry is wrong.
+        KAFError: It cannot be read, or an entry is wrong.
     """
     fix = "Restore the file, or run nnUNetv2_plan_and_preprocess again."
     description = read_json(path, fix)
@@ -211,11 +211,11 @@ def check_plans(plans: object, where: str) -> None:
     nnU-Net looks classes and functions up by these names, in its own package, and calls what it finds.
 
     Args:
-        plans: as read from a file.
-        where: the file, for messages.
+        plans: Content of a file.
+        where: The file, for messages.
 
     Raises:
-        KAFError: an entry is missing, of a wrong type or size, leads out of its folder, or names something else.
+        KAFError: An entry is missing, of a wrong type or size, leads out of its folder, or names something else.
     """
     entry = check(PlansEntry, plans, where, _FIX)
     names = {
@@ -232,12 +232,12 @@ def resolve_configuration(plans: Mapping[str, Any], configuration: str, where: s
     """A configuration with its inheritance resolved by nnU-Net.
 
     Args:
-        plans: checked by `check_plans`, or made here.
-        configuration: its name.
-        where: file of the plans, for messages.
+        plans: Checked by `check_plans`, or made here.
+        configuration: Its name.
+        where: File of the plans, for messages.
 
     Raises:
-        KAFError: there is no such configuration, it inherits from itself or from nothing, or an entry is wrong.
+        KAFError: There is no such configuration, it inherits from itself or from nothing, or an entry is wrong.
     """
     where = where or f"plans {plans.get('plans_name')}"
     _check_inheritance(plans, configuration, where)

@@ -26,11 +26,11 @@ def read_json(path: str | Path, fix: str) -> Any:
     """Read a JSON file.
 
     Args:
-        path: of the file.
-        fix: what to do if it cannot be read, a sentence.
+        path: The file.
+        fix: What to do if it cannot be read, a sentence.
 
     Raises:
-        KAFError: it cannot be opened or is no JSON.
+        KAFError: It cannot be opened or is no JSON.
     """
     path = Path(path)
     try:
@@ -52,16 +52,16 @@ def load_safely(
     Besides tensors and primitives, nnU-Net's checkpoints hold numpy scalars; these, and nothing else, are allowed.
 
     Args:
-        path: of the file.
-        named_by: the option that names it, for messages.
-        what: what it should be, e.g. "pretraining checkpoint".
-        fix: what to do if it cannot be read, a sentence.
+        path: The file.
+        named_by: The option that names it, for messages.
+        what: What it should be, e.g. "pretraining checkpoint".
+        fix: What to do if it cannot be read, a sentence.
 
     Returns:
         Its content, a dict, all tensors in main memory.
 
     Raises:
-        KAFError: the file is missing, truncated, of another kind, or holds objects that could run code.
+        KAFError: The file is missing, truncated, of another kind, or holds objects that could run code.
     """
     path = Path(path)
     name = f"{named_by} {path}".strip()

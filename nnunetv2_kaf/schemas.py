@@ -38,13 +38,13 @@ def check(schema: type[Schema], content: object, where: str, fix: str) -> Schema
     """Check the content of a file.
 
     Args:
-        schema: what is expected.
-        content: what was read.
-        where: file, and place in it, for the message.
-        fix: what to do, a sentence.
+        schema: What is expected.
+        content: What was read.
+        where: File, and place in it, for the message.
+        fix: What to do, a sentence.
 
     Raises:
-        KAFError: the first thing that is wrong: where, what was found, what was expected, the fix.
+        KAFError: The first thing that is wrong: where, what was found, what was expected, the fix.
     """
     try:
         return schema.model_validate(content)
@@ -85,12 +85,12 @@ def plain(value: Any, depth: int = 0, finite: bool = True) -> Any:
     """Check that a value is made of null, numbers, text, lists and dicts only.
 
     Args:
-        value: any.
-        depth: levels above it.
-        finite: refuse NaN and infinite numbers, which a record of measurements may have.
+        value: Any.
+        depth: Levels above it.
+        finite: Refuse NaN and infinite numbers, which a record of measurements may have.
 
     Raises:
-        ValueError: it is not.
+        ValueError: It is not.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"at most {MAX_DEPTH} levels of nesting")
@@ -172,11 +172,11 @@ def check_name(value: str, option: str) -> None:
     """Check a name that becomes part of a path.
 
     Args:
-        value: the name.
-        option: the option that gives it, for the message.
+        value: The name.
+        option: The option that gives it, for the message.
 
     Raises:
-        KAFError: it could lead elsewhere.
+        KAFError: It could lead elsewhere.
     """
     try:
         _path_name(value)

@@ -20,11 +20,11 @@ Splits = list[dict[str, list[str]]]
 
 
 def patient_of_case(case: str, pattern: str = PATIENT_PATTERN) -> str:
-    """Return the patient of a case.
+    """The patient of a case.
 
     Args:
-        case: identifier.
-        pattern: regular expression for the whole identifier; its first group is the patient. A case that it does not
+        case: Identifier.
+        pattern: Regular expression for the whole identifier; its first group is the patient. A case that it does not
             fit is a patient of its own.
     """
     match = re.fullmatch(pattern, case)
@@ -32,14 +32,14 @@ def patient_of_case(case: str, pattern: str = PATIENT_PATTERN) -> str:
 
 
 def leave_one_patient_out(cases: Iterable[str], pattern: str = PATIENT_PATTERN) -> Splits:
-    """Return one fold per patient, in alphabetical order, that validates on all cases of this patient.
+    """One fold per patient, in alphabetical order, that validates on all cases of this patient.
 
     Args:
-        cases: of the whole dataset.
-        pattern: as for `patient_of_case`.
+        cases: All cases of the dataset.
+        pattern: See `patient_of_case`.
 
     Raises:
-        KAFError: all cases are of one patient.
+        KAFError: All cases are of one patient.
     """
     everything = sorted(cases)
     patients = sorted({patient_of_case(case, pattern) for case in everything})
@@ -61,7 +61,7 @@ def read_splits(path: Path) -> Splits:
     """Read a split file.
 
     Raises:
-        KAFError: it cannot be read, or is none of nnU-Net's.
+        KAFError: It cannot be read, or is none of nnU-Net's.
     """
     # Not at the top: the options of a command, which name the pattern above, need not wait for torch.
     from nnunetv2_kaf import schemas
@@ -78,14 +78,14 @@ def split_few_cases(folder: Path, cases: Iterable[str], pattern: str = PATIENT_P
 
     Args:
         folder: `$nnUNet_preprocessed/DatasetXXX`; an existing `splits_final.json` in it always wins.
-        cases: of the whole dataset.
-        pattern: as for `patient_of_case`.
+        cases: All cases of the dataset.
+        pattern: See `patient_of_case`.
 
     Returns:
         What was done, in words; `None` if nothing was.
 
     Raises:
-        KAFError: all cases are of one patient, or the file cannot be written.
+        KAFError: All cases are of one patient, or the file cannot be written.
     """
     cases = list(cases)
     path = folder / SPLITS_FILE
@@ -104,7 +104,7 @@ def check_fold(folder: Path, cases: Iterable[str], fold: int, pattern: str = PAT
     """Check that a fold exists where this module made the split; nnU-Net would draw a random one by file.
 
     Raises:
-        KAFError: there are fewer folds.
+        KAFError: There are fewer folds.
     """
     cases = list(cases)
     if len(cases) >= FEWEST:

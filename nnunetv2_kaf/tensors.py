@@ -23,12 +23,12 @@ def check_weights(weights: object, where: str, fix: str) -> dict[str, Tensor]:
     """Check the state dict of a file.
 
     Args:
-        weights: by name.
-        where: file and place, for the message.
-        fix: what to do, a sentence.
+        weights: Tensors by name.
+        where: File and place, for the message.
+        fix: What to do, a sentence.
 
     Raises:
-        KAFError: it is no dict of tensors by name, or a tensor is none of weights: of another type, without memory of
+        KAFError: It is no dict of tensors by name, or a tensor is none of weights: of another type, without memory of
             its own, with NaN, infinite or absurd values. The tensor is named.
     """
     if not isinstance(weights, Mapping) or not weights:
@@ -51,13 +51,13 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
     """Check that the saved state of an optimiser belongs to the same parameters.
 
     Args:
-        saved: its state dict, in the form of `schemas.OptimizerState`.
-        optimizer: which is to take it.
-        where: file and place, for the message.
-        fix: what to do, a sentence.
+        saved: Its state dict, in the form of `schemas.OptimizerState`.
+        optimizer: Which is to take it.
+        where: File and place, for the message.
+        fix: What to do, a sentence.
 
     Raises:
-        KAFError: the groups, the number or the shapes of the parameters differ, or a value is not finite.
+        KAFError: The groups, the number or the shapes of the parameters differ, or a value is not finite.
     """
     ours, theirs = optimizer.state_dict()["param_groups"], saved["param_groups"]
     sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
@@ -81,7 +81,7 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
 
 
 def diverged(weights: Mapping[str, Any], most: float = LARGEST_WEIGHT) -> list[str]:
-    """Names of the tensors with values that are NaN, infinite or beyond ``most``; others than tensors pass."""
+    """Names of the tensors with values that are NaN, infinite or beyond `most`; others than tensors pass."""
     known: dict[tuple[int, torch.Size], bool] = {}
     names = []
     for name, tensor in weights.items():

@@ -67,7 +67,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """See nnU-Net.
 
         Raises:
-            KAFError: the plans cannot carry KAF layers, or their kaf block is wrong.
+            KAFError: The plans cannot carry KAF layers, or their kaf block is wrong.
         """
         check_plans(plans, f"the plans of {configuration}, fold {fold}")
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -106,7 +106,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """See nnU-Net.
 
         Raises:
-            KAFError: the configuration's data are not preprocessed.
+            KAFError: The configuration's data are not preprocessed.
         """
         folder = self.preprocessed_dataset_folder
         if folder is not None and not os.path.isdir(folder):
@@ -128,7 +128,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """See nnU-Net; classes that plans name are looked up in a list and never imported by their name.
 
         Raises:
-            KAFError: the plans name another network or operator, or the network cannot be built.
+            KAFError: The plans name another network or operator, or the network cannot be built.
         """
         return build_network(
             configuration_manager.configuration["architecture"],
@@ -142,7 +142,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """See nnU-Net; a dataset with fewer than five cases is split so that each fold leaves one patient out.
 
         Raises:
-            KAFError: all cases are of one patient, or the fold does not exist.
+            KAFError: All cases are of one patient, or the fold does not exist.
         """
         split_or_say_why(self)
         split: tuple[list[str], list[str]] = super().do_split()
@@ -157,7 +157,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """See nnU-Net.
 
         Raises:
-            KAFError: an image of the batch holds NaN or infinite values; training on would only spread them.
+            KAFError: An image of the batch holds NaN or infinite values; training on would only spread them.
         """
         out: dict[str, Any] = super().train_step(batch)
         if not np.isfinite(out["loss"]):
@@ -190,7 +190,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """See nnU-Net.
 
         Raises:
-            KAFError: the weights have diverged: every further epoch, and every checkpoint of it, would be worthless.
+            KAFError: The weights have diverged: every further epoch, and every checkpoint of it, would be worthless.
         """
         super().on_train_epoch_end(train_outputs)
         bad = diverged(unwrapped(self.network).state_dict())
@@ -220,7 +220,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """See nnU-Net, which would run what a file holds; so the file is looked at before.
 
         Raises:
-            KAFError: the file is missing, damaged, unsafe, or of another training.
+            KAFError: The file is missing, damaged, unsafe, or of another training.
         """
         if isinstance(filename_or_checkpoint, str):
             content = load_safely(filename_or_checkpoint, what="checkpoint of a training", fix=_CONTINUE_FIX)
@@ -247,7 +247,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """nnU-Net's checkpoint, written beside the old one and then renamed: a full disk never costs the last one.
 
         Raises:
-            KAFError: the file could not be written.
+            KAFError: The file could not be written.
         """
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)  # writes nothing
@@ -266,7 +266,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """The checkpoint to start from, and why.
 
         Raises:
-            KAFError: the pretraining of this fold is unfinished.
+            KAFError: The pretraining of this fold is unfinished.
         """
         if not self.use_pretraining:
             return None, f"{type(self).__name__} never loads a pretraining checkpoint"
@@ -327,7 +327,7 @@ def split_or_say_why(trainer: nnUNetTrainer) -> None:
     """Write the split of a dataset with fewer than five cases, unless there is one; for any trainer of nnU-Net's.
 
     Raises:
-        KAFError: all cases are of one patient, or the fold does not exist.
+        KAFError: All cases are of one patient, or the fold does not exist.
     """
     if trainer.fold == "all":
         return

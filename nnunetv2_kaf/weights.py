@@ -45,13 +45,13 @@ class LoadReport:
     """What initialised a network.
 
     Attributes:
-        source: checkpoint path, or None for random initialisation.
-        sha256: of the file.
-        tensors: tensors that the file determined, by module.
-        note: why, in words.
-        adapted: tensors that were not copied as they are, by name, and the rule that made them fit (or why one of the
+        source: Checkpoint path, or None for random initialisation.
+        sha256: Hash of the file.
+        tensors: Tensors that the file determined, by module.
+        note: Why, in words.
+        adapted: Tensors that were not copied as they are, by name, and the rule that made them fit (or why one of the
             file is not used).
-        left: tensors of the encoder that stayed at their random initialisation, by module.
+        left: Tensors of the encoder that stayed at their random initialisation, by module.
     """
 
     source: str | None
@@ -80,18 +80,18 @@ def save_pretraining_checkpoint(
     """Write a checkpoint that nnU-Net's `-pretrained_weights` accepts, and, for a `KAFUNet`, `load_encoder`.
 
     Args:
-        path: file to write, atomically.
-        network: the full network, a `KAFUNet` or nnU-Net's own; its encoder is what was trained.
-        plans: plans (JSON types) that the network was built from.
-        configuration: configuration of the plans.
-        num_input_channels: input channels of the network.
+        path: File to write, atomically.
+        network: The full network, a `KAFUNet` or nnU-Net's own; its encoder is what was trained.
+        plans: Plans (JSON types) that the network was built from.
+        configuration: Configuration of the plans.
+        num_input_channels: Input channels of the network.
         dataset_name: DatasetXXX_Name.
-        fold: whose validation cases were left out, or "all".
-        pretraining: options and results of the pretraining, JSON types.
+        fold: The fold whose validation cases were left out, or "all".
+        pretraining: Options and results of the pretraining, JSON types.
 
     Raises:
-        KAFError: the file could not be written.
-        ValueError: the plans describe a `KAFUNet` and the network is none, or the other way round.
+        KAFError: The file could not be written.
+        ValueError: The plans describe a `KAFUNet` and the network is none, or the other way round.
     """
     if is_kaf(plans, configuration) != isinstance(network, KAFUNet):
         raise ValueError(f"the plans' configuration {configuration} does not describe a {type(network).__name__}")
@@ -117,7 +117,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read and check a pretraining checkpoint.
 
     Raises:
-        KAFError: the file is missing, truncated, unsafe, not a pretraining checkpoint of a known format, or an entry of
+        KAFError: The file is missing, truncated, unsafe, not a pretraining checkpoint of a known format, or an entry of
             it is missing or wrong.
     """
     checkpoint = load_safely(path, what="pretraining checkpoint", fix="Run kaf-pretrain, or correct the path.")
@@ -129,11 +129,11 @@ def check_checkpoint(checkpoint: Mapping[str, Any], where: str) -> None:
     """Check everything that is used of a pretraining checkpoint.
 
     Args:
-        checkpoint: content of the file.
-        where: its name, for messages.
+        checkpoint: Content of the file.
+        where: Its name, for messages.
 
     Raises:
-        KAFError: it is of another kind or format version, or an entry is missing or wrong.
+        KAFError: It is of another kind or format version, or an entry is missing or wrong.
     """
     check_format(checkpoint, where)
     check(PretrainingCheckpoint, checkpoint, where, _DAMAGED)
@@ -152,7 +152,7 @@ def check_format(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Check that a loaded file is a pretraining checkpoint.
 
     Raises:
-        KAFError: it is of another kind or another format version.
+        KAFError: It is of another kind or another format version.
     """
     if checkpoint.get("format") != FORMAT:
         raise KAFError(
@@ -177,17 +177,17 @@ def load_encoder(network: nn.Module, path: str | Path, plans: Mapping[str, Any],
     """Initialise the encoder of `network` from a pretraining checkpoint, completely or not at all.
 
     Args:
-        network: the `KAFUNet` of `plans`, not wrapped.
-        path: pretraining checkpoint.
+        network: The `KAFUNet` of `plans`, not wrapped.
+        path: Pretraining checkpoint.
         plans: KAF plans that the network was built from.
-        configuration: its configuration.
+        configuration: Its configuration.
 
     Returns:
         How many tensors of which modules were loaded. A pretraining on one image channel is adapted to a training on
         several (`repeat_input_channels`); the report says so.
 
     Raises:
-        KAFError: the checkpoint cannot be read, holds a plain encoder or was made for another network; both
+        KAFError: The checkpoint cannot be read, holds a plain encoder or was made for another network; both
             configurations are named.
     """
     checkpoint = read_checkpoint(path)

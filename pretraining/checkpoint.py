@@ -1,4 +1,4 @@
-"""Save, resume and export of a pretraining run. Files hold tensors and primitives only (``weights_only=True``)."""
+"""Save, resume and export of a pretraining run. Files hold tensors and primitives only (`weights_only=True`)."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _FRESH = "Move the file away to start a new run, or leave out --continue."
 def run_identity(
     task: Task, fold: int | str, cases: Sequence[str], batch_size: int, init: str | None = None
 ) -> dict[str, Any]:
-    """Return what a run is about, besides its options; a run can only be continued as the same one.
+    """What a run is about, besides its options; a run can only be continued as the same one.
 
     Args:
         task: dataset, plans and configuration.
-        fold: whose validation patients are left out.
-        cases: trained on.
-        batch_size: pairs per batch, over all processes.
+        fold: The fold whose validation patients are left out.
+        cases: Trained on.
+        batch_size: Pairs per batch, over all processes.
         init: SHA-256 of the file that the first weights come from.
     """
     return {
@@ -66,14 +66,14 @@ def save_latest(
     """Write everything that `load_latest` needs to go on exactly as if the run had never stopped.
 
     Args:
-        path: of the file.
-        state: of the run.
-        config: its options.
-        identity: what it is about.
-        when_written: called when the file is complete, before it gets its name.
+        path: Path of the file.
+        state: State of the run.
+        config: Its options.
+        identity: What it is about.
+        when_written: Called when the file is complete, before it gets its name.
 
     Raises:
-        KAFError: if the file cannot be written; an earlier file at ``path`` is then untouched.
+        KAFError: If the file cannot be written; an earlier file at `path` is then untouched.
     """
     checkpoint = {
         "format": FORMAT,
@@ -101,7 +101,7 @@ def check_latest(path: Path, config: PretrainConfig, identity: Mapping[str, Any]
     """Check that `load_latest` will take a file, as far as that can be known without the images.
 
     Raises:
-        KAFError: as `load_latest`.
+        KAFError: As `load_latest`.
     """
     _check(load_safely(path, what="checkpoint of an unfinished run", fix=_FRESH), path, config, identity)
 
@@ -112,16 +112,16 @@ def load_latest(
     """Restore a run into a freshly built state.
 
     Args:
-        path: written by `save_latest`.
-        state: changed in place.
-        config: must equal the saved one, but for what does not change the result.
-        identity: must equal the saved one; what is not known any more may be left out.
+        path: Written by `save_latest`.
+        state: Changed in place.
+        config: Must equal the saved one, but for what does not change the result.
+        identity: Must equal the saved one; what is not known any more may be left out.
 
     Returns:
         The saved identity.
 
     Raises:
-        KAFError: if the file is unreadable, or belongs to a run with other options or data (the differences are named).
+        KAFError: If the file is unreadable, or belongs to a run with other options or data (the differences are named).
     """
     checkpoint = load_safely(path, what="checkpoint of an unfinished run", fix=_FRESH)
     _check(checkpoint, path, config, identity)
@@ -208,7 +208,7 @@ def export(path: Path, state: TrainingState, task: Task, fold: int | str, pretra
     """Write the final checkpoint that the trainer loads (`nnunetv2_kaf.weights` defines what is in it).
 
     Raises:
-        KAFError: if the file cannot be written.
+        KAFError: If the file cannot be written.
     """
     save_pretraining_checkpoint(
         path,
@@ -226,7 +226,7 @@ def tidy(folder: Path) -> None:
     """Remove what a killed run left in its folder.
 
     Raises:
-        KAFError: if it cannot be removed.
+        KAFError: If it cannot be removed.
     """
     try:
         sweep(folder, older_than=0)
@@ -243,10 +243,10 @@ def earlier_files(folder: Path) -> list[Path]:
 
 
 def set_aside(folder: Path) -> dict[Path, Path]:
-    """Rename the files of an earlier run in ``folder`` to ``<name>.bak-<time>``: new paths by the old ones.
+    """Rename the files of an earlier run in `folder` to `<name>.bak-<time>`: new paths by the old ones.
 
     Raises:
-        KAFError: if a file cannot be renamed; those that were are put back.
+        KAFError: If a file cannot be renamed; those that were are put back.
     """
     moved: dict[Path, Path] = {}
     stamp = time.strftime("%Y%m%d-%H%M%S")

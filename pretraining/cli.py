@@ -1,4 +1,4 @@
-"""``kaf-pretrain``: self-supervised pretraining on the images of a group's datasets and folders."""
+"""`kaf-pretrain`: self-supervised pretraining on the images of a group's datasets and folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("pretraining")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; the training options are the fields of `PretrainConfig`."""
+    """The parser; the training options are the fields of `PretrainConfig`."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Pretrain the keypoint-augmented encoder without labels on a dataset that nnU-Net has "
@@ -188,12 +188,12 @@ def _run(parsed: argparse.Namespace, config: PretrainConfig, device: torch.devic
 
 
 def _init(text: str) -> str | Path:
-    """The type of ``--init``: a path, or a place on the hub."""
+    """The type of `--init`: a path, or a place on the hub."""
     return text if text.startswith("hf://") else console.path(text)
 
 
 def _init_file(given: str | Path | None) -> Path | None:
-    """The file that ``--init`` names, downloaded if need be."""
+    """The file that `--init` names, downloaded if need be."""
     from pretraining.exchange.hub import fetched
     from pretraining.exchange.sources import located
 
@@ -203,10 +203,10 @@ def _init_file(given: str | Path | None) -> Path | None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device asked for, or the best one available.
+    """The device asked for, or the best one available.
 
     Raises:
-        KAFError: if the name is unknown or the device is not available.
+        KAFError: If the name is unknown or the device is not available.
     """
     import torch
 
@@ -231,7 +231,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def _parse_fold(text: str) -> int | str:
-    """Return ``"all"`` or the fold number."""
+    """`"all"` or the fold number."""
     if text == "all":
         return text
     if text.isdecimal():

@@ -51,7 +51,7 @@ class RunOptions:
 
 
 def default_batch_size(plan_batch_size: int, processes: int = 1) -> int:
-    """Return the number of pairs per batch that fits where the plan's batch fits, on every process.
+    """The number of pairs per batch that fits where the plan's batch fits, on every process.
 
     A pair is two views, but only the encoder runs, which is about half of the UNet's memory. At least 2: one pair has
     nothing to be contrasted with. At most 32, the paper's.
@@ -72,7 +72,7 @@ def build_state(task: Task, config: PretrainConfig, device: torch.device) -> Tra
 
 
 def run_folder(task: Task, options: RunOptions) -> Path:
-    """Return where a run writes."""
+    """Where a run writes."""
     return options.folder or task.folder / f"fold_{options.data.fold}"
 
 
@@ -80,8 +80,8 @@ def pretrain(task: Task, config: PretrainConfig, options: RunOptions) -> Path:
     """Pretrain and return the path of the final checkpoint.
 
     Raises:
-        KAFError: for missing or bad data, a checkpoint that does not fit, a loss that is not finite, a full disk.
-        PreemptedError: if SIGTERM or SIGUSR1 came; the state has been saved.
+        KAFError: Data are missing or bad, a checkpoint does not fit, a loss is not finite, or the disk is full.
+        PreemptedError: If SIGTERM or SIGUSR1 came; the state has been saved.
     """
     folder = run_folder(task, options)
     batch_size = _batch_size(task, config)
@@ -183,10 +183,10 @@ class _Run:
 
 
 def _batch_size(task: Task, config: PretrainConfig) -> int:
-    """Return the pairs per batch over all processes.
+    """The pairs per batch over all processes.
 
     Raises:
-        KAFError: if the processes cannot share it equally.
+        KAFError: If the processes cannot share it equally.
     """
     processes = distributed.world_size()
     batch_size = config.batch_size or default_batch_size(task.batch_size, processes)
@@ -228,17 +228,17 @@ def _start(
     options: RunOptions,
     batch_size: int,
 ) -> tuple[dict[str, object], bool]:
-    """Check the last checkpoint if the run is to be continued, otherwise take the weights of ``--init``.
+    """Check the last checkpoint if the run is to be continued, otherwise take the weights of `--init`.
 
     Both before any image is read: a wrong file is known in seconds.
 
     Args:
-        folder: of the run.
-        state: changed in place.
-        task: what is trained.
-        config: options of the objectives.
-        options: options of the run.
-        batch_size: pairs per batch, over all processes.
+        folder: Folder of the run.
+        state: Changed in place.
+        task: What is trained.
+        config: Options of the objectives.
+        options: Options of the run.
+        batch_size: Pairs per batch, over all processes.
 
     Returns:
         What the run is about, but for the cases, and whether the run is continued.

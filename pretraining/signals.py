@@ -23,8 +23,8 @@ class Preemption:
     at once. Only the main thread may install signal handlers; elsewhere this does nothing.
 
     Attributes:
-        requested: name of the signal that came, or ``None``.
-        deferred: whether somebody will look at `requested`.
+        requested: Name of the signal that came, or `None`.
+        deferred: Whether somebody will look at `requested`.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""``kaf-unlabelled``: prepare, check and list unlabelled images once, for all trainings on a dataset."""
+"""`kaf-unlabelled`: prepare, check and list unlabelled images once, for all trainings on a dataset."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROGRAM = "kaf-unlabelled"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser."""
+    """The parser."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Preprocess unlabelled images with the plans of a dataset, check and list them. "
@@ -100,7 +100,7 @@ def _tasks(dataset: str, plans_name: str, configurations: Sequence[str] | None) 
     """The configurations asked for, or all that are preprocessed and no cascade's second stage.
 
     Raises:
-        KAFError: there is none.
+        KAFError: There is none.
     """
     from nnunetv2_kaf.plans import is_kaf, read_plans
     from pretraining.task import find_dataset, resolve_task

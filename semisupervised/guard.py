@@ -106,8 +106,8 @@ class EpochSums:
     """Counts of an epoch, kept on the device: no step waits for them.
 
     Args:
-        classes: foreground classes or regions.
-        device: where the counts are.
+        classes: Foreground classes or regions.
+        device: Device of the counts.
     """
 
     def __init__(self, classes: int, device: torch.device) -> None:
@@ -120,7 +120,7 @@ class EpochSums:
 
         Args:
             target: (B, 1, *S) classes or (B, R, *S) regions.
-            sure: as `PseudoLabels.sure`.
+            sure: See `PseudoLabels.sure`.
         """
         self._sums[0] += sure.numel()
         self._sums[1] += sure.sum()
@@ -131,8 +131,8 @@ class EpochSums:
         """Count the voxels in which teacher and network agree.
 
         Args:
-            teacher: hard output on labelled patches, as `PseudoLabels.target`.
-            student: the same of the network.
+            teacher: Hard output on labelled patches, as `PseudoLabels.target`.
+            student: The same of the network.
         """
         everywhere = torch.ones_like(teacher, dtype=torch.bool)
         both = (teacher == student) & everywhere
@@ -153,7 +153,7 @@ class EpochSums:
         return ((target > 0) & where).flatten(2).sum((0, 2)).float()
 
     def finish(self, ddp: bool) -> dict[str, Any]:
-        """Return the epoch's numbers over all processes, and start again from 0.
+        """The epoch's numbers over all processes, and start again from 0.
 
         Returns:
             sure: share of sure voxels; shares: of each class in them; agreement: mean Dice over the classes that

@@ -29,8 +29,8 @@ def pseudo_labels(logits: Tensor, threshold: float, regions: bool) -> PseudoLabe
 
     Args:
         logits: (B, C, *S) classes, or (B, R, *S) regions.
-        threshold: smallest probability of the label (for a region: of it or of its absence) of a sure voxel.
-        regions: whether the outputs are regions, which may overlap, instead of classes.
+        threshold: Smallest probability of the label (for a region: of it or of its absence) of a sure voxel.
+        regions: Whether the outputs are regions, which may overlap, instead of classes.
     """
     if regions:
         probability = torch.sigmoid(logits.float())
@@ -47,10 +47,10 @@ class UnlabelledLoss(nn.Module):
     al., NeurIPS 2020): it grows with the share of sure voxels.
 
     Args:
-        regions: whether the outputs are regions.
+        regions: Whether the outputs are regions.
         batch_dice: nnU-Net's option of the configuration.
-        ddp: whether the Dice is that of all processes.
-        weights: of the outputs of deep supervision, finest first; those of 0 are left out.
+        ddp: Whether the Dice is that of all processes.
+        weights: Weights of the outputs of deep supervision, finest first; those of 0 are left out.
     """
 
     def __init__(self, regions: bool, batch_dice: bool, ddp: bool, weights: Sequence[float] = (1.0,)) -> None:
@@ -66,11 +66,11 @@ class UnlabelledLoss(nn.Module):
         )
 
     def forward(self, outputs: Sequence[Tensor], labels: PseudoLabels) -> Tensor:
-        """Return the loss, a scalar.
+        """The loss, a scalar.
 
         Args:
-            outputs: logits (B, C, *S_i) of the network, finest first.
-            labels: of the same patches at the finest resolution; nearest voxels are taken for the coarser outputs.
+            outputs: Logits (B, C, *S_i) of the network, finest first.
+            labels: Labels of the same patches at the finest resolution; coarser outputs take the nearest voxels.
         """
         total = outputs[0].new_zeros((), dtype=torch.float32)
         for weight, output in zip(self.weights, outputs, strict=False):
@@ -90,7 +90,7 @@ class UnlabelledLoss(nn.Module):
 
 
 def at_resolution(labels: PseudoLabels, shape: Sequence[int]) -> PseudoLabels:
-    """Return the labels at another resolution, by the nearest voxel, as nnU-Net resamples labels."""
+    """The labels at another resolution, by the nearest voxel, as nnU-Net resamples labels."""
     if tuple(labels.target.shape[2:]) == tuple(shape):
         return labels
     return PseudoLabels(_nearest(labels.target, shape), _nearest(labels.sure, shape))

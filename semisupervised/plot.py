@@ -11,9 +11,9 @@ def plot_history(history: Sequence[Mapping[str, Any]], names: Sequence[str], pat
     """Plot losses, weight, share of sure voxels and agreement, and the classes in the pseudo-labels over the epochs.
 
     Args:
-        history: records of the epochs.
-        names: of the foreground classes.
-        path: image to write.
+        history: Records of the epochs.
+        names: Names of the foreground classes.
+        path: Image to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

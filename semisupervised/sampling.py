@@ -25,10 +25,10 @@ class Images:
     """Where the unlabelled images are; opened in the process that reads them.
 
     Attributes:
-        folder: of the first dataset's preprocessed images.
-        command: that makes them.
-        cases: identifiers, those of further sources as `<source>/<case>`.
-        further: files of further sources by identifier.
+        folder: Folder of the first dataset's preprocessed images.
+        command: Command that makes them.
+        cases: Identifiers, those of further sources as `<source>/<case>`.
+        further: Files of further sources by identifier.
     """
 
     folder: Path
@@ -37,17 +37,17 @@ class Images:
     further: Mapping[str, Path] = field(default_factory=dict)
 
     def open(self, memory: int = MEMORY) -> PreprocessedImages:
-        """Return the reader; never of a label."""
+        """The reader; never of a label."""
         return PreprocessedImages(self.folder, self.command, self.further, memory)
 
 
 def share_of(total: int, rank: int, world_size: int) -> list[int]:
-    """Return the places in the global batch of one process; sizes differ by 1 at most."""
+    """The places in the global batch of one process; sizes differ by 1 at most."""
     return [int(i) for i in np.array_split(np.arange(total), world_size)[rank]]
 
 
 def partner_of(place: int, total: int) -> int:
-    """Return the patch that CutMix takes a box from: neighbours of the global batch exchange theirs."""
+    """The patch that CutMix takes a box from: neighbours of the global batch exchange theirs."""
     return place ^ 1 if place ^ 1 < total else 0
 
 
@@ -56,8 +56,8 @@ class Geometry:
     """How a patch is cut out, as nnU-Net cuts the labelled ones.
 
     Attributes:
-        crop: shape that is read, with the margin that rotation and scaling need.
-        patch: shape that the network sees.
+        crop: Shape that is read, with the margin that rotation and scaling need.
+        patch: Shape that the network sees.
         weak: nnU-Net's spatial transforms, called with an image.
     """
 
@@ -73,14 +73,14 @@ class UnlabelledPatches(Dataset[dict[str, Any]]):
     patch whose partner for CutMix another process has is followed, at the end, by a copy of that partner.
 
     Args:
-        images: to draw from, each case equally often.
-        geometry: of the patches.
-        strong: the strong augmentation.
-        cutmix: probability of a CutMix box.
-        seed: of the training.
-        places: of this process's patches in the global batch.
-        total: patches in the global batch.
-        memory: bytes of images to keep in memory, per process that reads.
+        images: Images to draw from, each case equally often.
+        geometry: Geometry of the patches.
+        strong: The strong augmentation.
+        cutmix: Probability of a CutMix box.
+        seed: Seed of the training.
+        places: Places of this process's patches in the global batch.
+        total: Patches in the global batch.
+        memory: Bytes of images to keep in memory, per process that reads.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class UnlabelledPatches(Dataset[dict[str, Any]]):
         self._reader: PreprocessedImages | None = None
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """Return the batch of a step.
+        """The batch of a step.
 
         Returns:
             data: (n, C, *S) float32, own patches first, then partners of other processes.
@@ -160,14 +160,14 @@ class LabelledBatches(Dataset[Any]):
 
     Args:
         loader: nnU-Net's `nnUNetDataLoader`, with its transforms.
-        words: seed, stream and process.
+        words: Seed, stream and process.
     """
 
     def __init__(self, loader: Any, words: Sequence[int]) -> None:
         self.loader, self.words = loader, tuple(words)
 
     def __getitem__(self, step: int) -> Any:
-        """Return the batch of a step; in a process of its own, whose generators nothing else uses."""
+        """The batch of a step; in a process of its own, whose generators nothing else uses."""
         seed_everything((*self.words, step))
         batch = self.loader.generate_train_batch()
         batch["keys"] = [str(key) for key in batch["keys"]]
@@ -188,10 +188,10 @@ class Stream:
     """Batches of a data set from a step on, in their order.
 
     Args:
-        batches: data set; item i is the batch of step i.
-        first: step to start with.
-        workers: processes that make batches ahead; 0 makes them when they are asked for.
-        pin_memory: for a GPU.
+        batches: Data set; item i is the batch of step i.
+        first: Step to start with.
+        workers: Processes that make batches ahead; 0 makes them when they are asked for.
+        pin_memory: Whether to pin memory, for a GPU.
     """
 
     def __init__(self, batches: Dataset[Any], first: int, workers: int, pin_memory: bool) -> None:
@@ -211,11 +211,11 @@ class Stream:
             self._iterator = iter(loader)
 
     def __iter__(self) -> Stream:
-        """Return itself."""
+        """Itself."""
         return self
 
     def __next__(self) -> Any:
-        """Return the next batch; there is always one."""
+        """The next batch; there is always one."""
         if self._iterator is not None:
             return next(self._iterator)
         return self.batches[next(self._numbers)]

@@ -14,7 +14,7 @@ def seed_everything(words: Sequence[int]) -> None:
     """Seed the global generators of Python, NumPy and torch, which nnU-Net's loaders and transforms draw from.
 
     Args:
-        words: whole numbers from 0 up, e.g. a seed and a step.
+        words: Whole numbers from 0 up, e.g. a seed and a step.
     """
     state = np.random.SeedSequence([int(word) for word in words]).generate_state(3)
     random.seed(int(state[0]))
@@ -29,7 +29,7 @@ def isolated(words: Sequence[int]) -> Iterator[None]:
     So draws for unlabelled patches leave the labelled batches of the same process as they are without them.
 
     Args:
-        words: as for `seed_everything`.
+        words: See `seed_everything`.
     """
     state = np.random.SeedSequence([int(word) for word in words]).generate_state(2)
     numpy_state = np.random.get_state()  # noqa: NPY002

@@ -26,19 +26,19 @@ class StrongAugmentation:
     """Probabilities and uniform ranges; nnU-Net's own values in brackets.
 
     Attributes:
-        p_brightness: probability per channel of a multiplication [0.15].
-        brightness: range of the factor [0.75 to 1.25].
-        p_contrast: probability per channel of a change of contrast about the mean [0.15].
-        contrast: range of the factor [0.75 to 1.25].
-        p_gamma: probability per channel of a gamma correction that keeps mean and standard deviation [0.4].
-        gamma: range of the exponent [0.7 to 1.5].
-        p_invert: share of the gamma corrections that are done on the inverted image [0.25].
-        p_blur: probability per channel of a Gaussian blur [0.1].
-        blur: range of its standard deviation in voxels [0.5 to 1].
-        p_low_resolution: probability per channel of a lower resolution [0.125].
-        low_resolution: range of the factor [0.5 to 1].
-        p_noise: probability per channel of Gaussian noise [0.1].
-        noise: range of its variance, in units of the normalised image [0 to 0.1].
+        p_brightness: Probability per channel of a multiplication [0.15].
+        brightness: Range of the factor [0.75 to 1.25].
+        p_contrast: Probability per channel of a change of contrast about the mean [0.15].
+        contrast: Range of the factor [0.75 to 1.25].
+        p_gamma: Probability per channel of a gamma correction that keeps mean and standard deviation [0.4].
+        gamma: Range of the exponent [0.7 to 1.5].
+        p_invert: Share of the gamma corrections that are done on the inverted image [0.25].
+        p_blur: Probability per channel of a Gaussian blur [0.1].
+        blur: Range of its standard deviation in voxels [0.5 to 1].
+        p_low_resolution: Probability per channel of a lower resolution [0.125].
+        low_resolution: Range of the factor [0.5 to 1].
+        p_noise: Probability per channel of Gaussian noise [0.1].
+        noise: Range of its variance, in units of the normalised image [0 to 0.1].
     """
 
     p_brightness: float = 0.5
@@ -59,7 +59,7 @@ class StrongAugmentation:
         """Draw the parameters of one patch.
 
         Args:
-            generator: source of all draws; the same number of them whatever they say.
+            generator: Source of all draws; the same number of them whatever they say.
             channels: C.
 
         Returns:
@@ -93,7 +93,7 @@ def strong_view(image: Tensor, parameters: Tensor, seeds: Tensor, flat_axis: boo
         image: (B, C, *S) on any device; not changed.
         parameters: (B, C, 7) in main memory, of `StrongAugmentation.draw`.
         seeds: (B,) whole numbers in main memory, for the noise.
-        flat_axis: keep the resolution of the first spatial axis (slices that nnU-Net augments one by one).
+        flat_axis: Keep the resolution of the first spatial axis (slices that nnU-Net augments one by one).
 
     Returns:
         (B, C, *S), a new tensor.
@@ -183,10 +183,10 @@ def draw_box(
     """Draw the box of a patch that CutMix replaces (Yun et al., ICCV 2019).
 
     Args:
-        generator: source of all draws.
-        shape: of the patch.
-        probability: of a box at all; otherwise it is empty.
-        share: range of its share of the patch's voxels. The edges have all about the same share of the patch's.
+        generator: Source of all draws.
+        shape: Shape of the patch.
+        probability: Probability of a box at all; otherwise it is empty.
+        share: Range of its share of the patch's voxels. The edges have all about the same share of the patch's.
 
     Returns:
         (D, 2) int64, first voxel and the one after the last.
@@ -204,7 +204,7 @@ def draw_box(
 
 
 def box_mask(boxes: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return (B, 1, *shape) bool, true inside the boxes (B, D, 2)."""
+    """(B, 1, *shape) bool, true inside the boxes (B, D, 2)."""
     boxes = boxes.to(device, non_blocking=True)
     inside: Tensor | None = None
     for axis, n in enumerate(shape):

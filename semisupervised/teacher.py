@@ -13,9 +13,9 @@ class Teacher:
     """A network whose weights follow those of another one.
 
     Args:
-        student: the network, not wrapped; copied.
-        decay: share of the old weights that stays in each update.
-        compiled: compile the teacher with torch.compile.
+        student: The network, not wrapped; copied.
+        decay: Share of the old weights that stays in each update.
+        compiled: Compile the teacher with torch.compile.
     """
 
     def __init__(self, student: nn.Module, decay: float, compiled: bool = False) -> None:
@@ -28,7 +28,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
-        """Return the logits (B, C, *S) of a batch."""
+        """The logits (B, C, *S) of a batch."""
         logits: Tensor = self._forward(image)
         return logits
 

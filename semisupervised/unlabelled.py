@@ -35,12 +35,12 @@ class Training:
     Attributes:
         dataset_name: DatasetXXX_Name.
         configuration: 2d, 3d_fullres, ...
-        plans_name: of the plans.
+        plans_name: Name of the plans.
         network: "kaf" or "plain", what the plans are used for.
-        fold: fold number or "all".
-        train: labelled cases of the fold.
-        validation: cases of the fold that must not be seen; none with fold "all".
-        pretraining: checkpoint whose images are the default.
+        fold: Fold number or "all".
+        train: Labelled cases of the fold.
+        validation: Cases of the fold that must not be seen; none with fold "all".
+        pretraining: Checkpoint whose images are the default.
     """
 
     dataset_name: str
@@ -58,10 +58,10 @@ class Unlabelled:
     """Unlabelled images, and where they come from.
 
     Attributes:
-        images: to draw patches from.
-        origin: in words.
-        labelled: how many of them are labelled cases of the fold too (their labels are not used here).
-        left_out: cases of validation patients, by source.
+        images: Images to draw patches from.
+        origin: Origin in words.
+        labelled: How many of them are labelled cases of the fold too (their labels are not used here).
+        left_out: Cases of validation patients, by source.
     """
 
     images: Images
@@ -86,7 +86,7 @@ class Unlabelled:
         """Read what `state_dict` returned.
 
         Raises:
-            KAFError: an image is gone.
+            KAFError: An image is gone.
         """
         further = {case: Path(path) for case, path in state["further"].items()}
         images = Images(Path(state["folder"]), state["command"], tuple(state["cases"]), further)
@@ -119,11 +119,11 @@ def find_unlabelled(training: Training, num_workers: int = 1) -> Unlabelled:
     """Find the images, and preprocess those of folders and further datasets that are not.
 
     Args:
-        training: what they are for.
-        num_workers: images at a time that are preprocessed.
+        training: What they are for.
+        num_workers: Images at a time that are preprocessed.
 
     Raises:
-        KAFError: there are none, or one cannot be used.
+        KAFError: There are none, or one cannot be used.
     """
     task = resolve_task(training.dataset_name, training.configuration, training.plans_name, training.network)
     chosen = os.environ.get(VARIABLE, "").strip()
@@ -150,10 +150,10 @@ def _none(training: Training, why: str) -> KAFError:
 
 
 def _default(task: Task, training: Training, pretraining: tuple[Path, dict[str, Any]] | None) -> tuple[Images, str]:
-    """Return the images of the pretraining and those that kaf-unlabelled has listed, together, and their origin.
+    """The images of the pretraining and those that kaf-unlabelled has listed, together, and their origin.
 
     Raises:
-        KAFError: there is neither.
+        KAFError: There is neither.
     """
     cases: list[str] = []
     further: dict[str, Path] = {}
@@ -176,7 +176,7 @@ def _default(task: Task, training: Training, pretraining: tuple[Path, dict[str, 
 
 
 def _pretraining(training: Training) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint whose images are the default, and what it says about its run.
+    """The checkpoint whose images are the default, and what it says about its run.
 
     It is the one that the training loads, or else one at the standard place, of either network.
     """
@@ -192,16 +192,16 @@ def _pretraining(training: Training) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _patient_pattern(pretraining: tuple[Path, dict[str, Any]] | None) -> str:
-    """Return the pattern that finds the patient in a case: the pretraining's, or the default."""
+    """The pattern that finds the patient in a case: the pretraining's, or the default."""
     config = pretraining[1].get("config", {}) if pretraining else {}
     return str(config.get("patient_pattern", PretrainConfig().patient_pattern))
 
 
 def _of_pretraining(task: Task, path: Path, run: Mapping[str, Any]) -> Images:
-    """Return the images of a pretraining run, which are all preprocessed.
+    """The images of a pretraining run, which are all preprocessed.
 
     Raises:
-        KAFError: they are of another dataset, or a file is gone.
+        KAFError: They are of another dataset, or a file is gone.
     """
     theirs = (run.get("dataset"), run.get("configuration"))
     if theirs != (task.dataset_name, task.configuration):
@@ -235,7 +235,7 @@ def _of_pretraining(task: Task, path: Path, run: Mapping[str, Any]) -> Images:
 
 
 def _cached(task: Task, identifier: str) -> Path | None:
-    """Return the preprocessed file of `<source>/<case>`."""
+    """The preprocessed file of `<source>/<case>`."""
     source, _, case = identifier.rpartition("/")
     folder = cache_folder(task) / source
     pattern = re.compile(rf"{re.escape(case)}-[0-9a-f]{{16}}\.b2nd")
@@ -244,10 +244,10 @@ def _cached(task: Task, identifier: str) -> Path | None:
 
 
 def _chosen(task: Task, training: Training, text: str, num_workers: int) -> Images:
-    """Return the images that the variable names.
+    """The images that the variable names.
 
     Raises:
-        KAFError: an entry is neither a dataset nor a folder, or an image cannot be used.
+        KAFError: An entry is neither a dataset nor a folder, or an image cannot be used.
     """
     own, datasets, folders = False, [], []
     for entry in (part.strip() for part in text.split(os.pathsep)):
@@ -287,18 +287,18 @@ def prepare(
     """Check and preprocess the images of further sources, as kaf-pretrain does; what is done already is kept.
 
     Args:
-        task: whose plans are used.
-        datasets: numbers or names, of which imagesTr is used.
-        folders: in nnU-Net's naming.
-        num_workers: images at a time.
-        without: cases whose patients are left out.
-        skip_bad: warn of images that cannot be used instead of stopping.
+        task: Task whose plans are used.
+        datasets: Numbers or names, of which imagesTr is used.
+        folders: Folders in nnU-Net's naming.
+        num_workers: Images at a time.
+        without: Cases whose patients are left out.
+        skip_bad: Warn of images that cannot be used instead of stopping.
 
     Returns:
         File by identifier `<source>/<case>`.
 
     Raises:
-        KAFError: a source is missing, or images cannot be used; all of them are listed.
+        KAFError: A source is missing, or images cannot be used; all of them are listed.
     """
     bad = BadImages()
     further: dict[str, Path] = {}
@@ -310,7 +310,7 @@ def prepare(
 
 
 def list_file(task: Task) -> Path:
-    """Return where kaf-unlabelled lists the images: beside them, for all plans that preprocess alike."""
+    """Where kaf-unlabelled lists the images: beside them, for all plans that preprocess alike."""
     return cache_folder(task) / "unlabelled.json"
 
 
@@ -319,7 +319,7 @@ def write_list(task: Task, files: Mapping[str, Path]) -> Path:
 
     Args:
         task: dataset, plans and configuration.
-        files: of `prepare`.
+        files: Files from `prepare`.
 
     Returns:
         The list's file.
@@ -335,7 +335,7 @@ def read_list(task: Task) -> dict[str, Path]:
     """Read a list of `write_list`.
 
     Raises:
-        KAFError: the file is damaged, or an image of it is gone.
+        KAFError: The file is damaged, or an image of it is gone.
     """
     path, root = list_file(task), cache_folder(task)
     fix = f"Run kaf-unlabelled --dataset {task.dataset_id} --images DIR -p {task.plans_name} again, or delete the list."

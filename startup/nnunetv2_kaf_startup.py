@@ -1,10 +1,10 @@
 """Let nnU-Net find the KAF trainers and planners by name, without changing a file of nnU-Net.
 
-nnU-Net looks for a class by importing its own modules one by one and asking ``hasattr(module, name)``. This module
-puts a finder on ``sys.meta_path`` that gives two of those modules a module-level ``__getattr__`` (PEP 562), which
+nnU-Net looks for a class by importing its own modules one by one and asking `hasattr(module, name)`. This module
+puts a finder on `sys.meta_path` that gives two of those modules a module-level `__getattr__` (PEP 562), which
 imports our class when it is asked for by name.
 
-It runs at every start of the interpreter, started by ``nnunetv2_kaf_startup.pth`` (or ``.start``, PEP 829, from Python
+It runs at every start of the interpreter, started by `nnunetv2_kaf_startup.pth` (or `.start`, PEP 829, from Python
 3.15 on), so it imports nothing but built-in modules: no torch, no nnunetv2, no typing.
 """
 
@@ -35,10 +35,10 @@ _MARK = "_nnunetv2_kaf"
 
 
 def _lookup(module_name: str, name: str) -> object:
-    """Import one of our modules and return its attribute ``name``, or ``_MISSING``.
+    """Import one of our modules and return its attribute `name`, or `_MISSING`.
 
     Raises:
-        ImportError: If the import itself dies of an AttributeError. ``hasattr`` in nnU-Net's search would swallow that
+        ImportError: If the import itself dies of an AttributeError. `hasattr` in nnU-Net's search would swallow that
             one and nnU-Net would report an unknown trainer; any other error passes through unchanged.
     """
     from importlib import import_module
@@ -51,10 +51,10 @@ def _lookup(module_name: str, name: str) -> object:
 
 
 def extend(module: "ModuleType") -> None:
-    """Give a host module the ``__getattr__`` that resolves our names; a second call changes nothing.
+    """Give a host module the `__getattr__` that resolves our names; a second call changes nothing.
 
     Args:
-        module: One of the modules named in ``HOSTS``. An existing module-level ``__getattr__`` keeps answering for all
+        module: One of the modules named in `HOSTS`. An existing module-level `__getattr__` keeps answering for all
             names that are not ours.
     """
     namespace = vars(module)
@@ -88,11 +88,11 @@ class KAFFinder:
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """Return the spec that the finders behind this one give for a host module, with its loader extended.
+        """The spec that the finders behind this one give for a host module, with its loader extended.
 
         Args:
             fullname: Dotted name of the module that is being imported.
-            path: ``__path__`` of its parent package.
+            path: `__path__` of its parent package.
             target: The module, in a reload.
 
         Returns:
@@ -130,7 +130,7 @@ class KAFFinder:
 
 
 def _extend_after_execution(spec: "ModuleSpec") -> None:
-    """Make ``spec.loader`` extend the host module after executing it; the loader keeps its type and methods."""
+    """Make `spec.loader` extend the host module after executing it; the loader keeps its type and methods."""
     loader = spec.loader
     execute: Callable[[ModuleType], None] | None = getattr(loader, "exec_module", None)
     if loader is None or execute is None:
@@ -152,7 +152,7 @@ def _extend_after_execution(spec: "ModuleSpec") -> None:
 
 
 def install() -> None:
-    """Put the finder at the front of ``sys.meta_path``; a second call changes nothing."""
+    """Put the finder at the front of `sys.meta_path`; a second call changes nothing."""
     # Compared by name, because an editable install and a source checkout can each load their copy of this module.
     if not any(type(finder).__name__ == KAFFinder.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, KAFFinder())

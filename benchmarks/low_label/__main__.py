@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+    """The parser of the command line."""
     out = argparse.ArgumentParser(
         prog="python -m benchmarks.low_label",
         description=__doc__,
@@ -171,7 +171,7 @@ def _anything_missing(layouts: Sequence[Layout], on: str) -> bool:
     """Whether a result is missing.
 
     Raises:
-        KAFError: the results are those of another work folder.
+        KAFError: The results are those of another work folder.
     """
     missing = False
     for layout in layouts:
@@ -205,10 +205,10 @@ def _overview(layout: Layout, on: str) -> str:
 
 
 def _chosen(names: str | None, known: tuple[T, ...], option: str) -> tuple[T, ...]:
-    """Return the arms or tasks of an option.
+    """The arms or tasks of an option.
 
     Raises:
-        KAFError: there is none of that name.
+        KAFError: There is none of that name.
     """
     if names is None:
         return known

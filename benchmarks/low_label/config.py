@@ -167,7 +167,7 @@ class Study:
     arms: tuple[Arm, ...]
 
     def setting(self, task: Task) -> dict[str, Any]:
-        """Return what all runs of a table have in common, JSON types."""
+        """What all runs of a table have in common, JSON types."""
         names = ("device", "seed", "test_share", "epochs", "iterations", "validation_iterations")
         more = ("augmentation_processes", "compile", "mirror_predictions")
         task_keys = ("name", *_TASK)
@@ -183,7 +183,7 @@ def load(path: Path) -> Study:
     """Read a config file.
 
     Raises:
-        KAFError: naming the file, the key, what was found and what is expected.
+        KAFError: Naming the file, the key, what was found and what is expected.
     """
     try:
         content = json.loads(path.read_text())

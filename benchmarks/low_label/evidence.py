@@ -64,11 +64,11 @@ class Told:
     """What the config of a study says about its tables.
 
     Attributes:
-        comment: text.
-        conclusion: text, or nothing.
-        arms: their order.
-        baseline: arm that the others are compared with.
-        notes: conclusions, by arm.
+        comment: Text.
+        conclusion: Text, or nothing.
+        arms: Their order.
+        baseline: Arm that the others are compared with.
+        notes: Conclusions, by arm.
     """
 
     comment: str
@@ -128,7 +128,7 @@ def write_readme(out: Path, target: Path) -> None:
     """Replace the table between the two marks of the README.
 
     Raises:
-        KAFError: there is not one mark of each kind.
+        KAFError: There is not one mark of each kind.
     """
     text = target.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
@@ -154,8 +154,8 @@ def page(out: Path, target: Path) -> str:
     """Compose the page; a task is shown on its test patients once they were used, otherwise on those for validation.
 
     Args:
-        out: folder of the results.
-        target: where the page will lie, for its links.
+        out: Folder of the results.
+        target: Place of the page, for its links.
     """
     parts = [TITLE, in_short([_latest(folder) for folder in _folders(out)]), HEADER]
     for folder in _folders(out):
@@ -253,7 +253,7 @@ def curves(folder: Path) -> str:
     """Markdown table of the pretrainings of a task: losses against collapse, and the held-out pairs before and after.
 
     Args:
-        folder: results of the task.
+        folder: Results of the task.
 
     Returns:
         Nothing if there was none.

@@ -12,9 +12,9 @@ def draw(cells: Sequence[Cell], title: str, path: Path, metric: str = "dice") ->
     """Draw means with their intervals shaded.
 
     Args:
-        cells: of one task.
-        title: of the figure.
-        path: file to write.
+        cells: Cells of one task.
+        title: Title of the figure.
+        path: File to write.
         metric: "dice" or "hd95".
     """
     from matplotlib.figure import Figure

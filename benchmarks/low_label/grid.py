@@ -32,7 +32,7 @@ def finished(layout: Layout, on: str) -> tuple[int, int]:
         How many there are and how many there should be.
 
     Raises:
-        KAFError: a result is that of other options.
+        KAFError: A result is that of other options.
     """
     study, there, names = layout.study, 0, 0
     for arm in layout.arms:
@@ -55,13 +55,13 @@ def prepare(layout: Layout, data: Path, threads: int, launch: Launch) -> Split:
     """Draw the patients, write the study's dataset, plans and trainers.
 
     Args:
-        layout: of the task.
-        data: folder of raw datasets.
-        threads: for planning.
-        launch: starts a worker.
+        layout: Layout of the task.
+        data: Folder of raw datasets.
+        threads: Threads for planning.
+        launch: Starts a worker.
 
     Raises:
-        KAFError: the data are not those of an earlier start, or planning failed.
+        KAFError: The data are not those of an earlier start, or planning failed.
     """
     study, source = layout.study, data / layout.task.data
     split = draw(raw.describe(source)[1], study, layout.task)
@@ -91,7 +91,7 @@ def prepare(layout: Layout, data: Path, threads: int, launch: Launch) -> Split:
 
 
 def training_jobs(layout: Layout, split: Split) -> list[Job]:
-    """Return the pretrainings, and the trainings with their validation."""
+    """The pretrainings, and the trainings with their validation."""
     pretrainings: dict[str, Job] = {}
     runs = []
     for arm, fold in layout.runs(split):
@@ -114,7 +114,7 @@ def training_jobs(layout: Layout, split: Split) -> list[Job]:
 
 
 def test_jobs(layout: Layout, split: Split) -> list[Job]:
-    """Return predictions and measurements of the test cases."""
+    """Predictions and measurements of the test cases."""
     return [
         Job(
             f"test_{arm.name}_{fold.name}",
@@ -130,7 +130,7 @@ def open_test(layout: Layout, split: Split) -> None:
     """Record that the test set is used, for exactly these runs; later only what it was opened for may be measured.
 
     Raises:
-        KAFError: a training is missing, or the test set was opened for other runs.
+        KAFError: A training is missing, or the test set was opened for other runs.
     """
     runs = {
         f"{arm.name}_{fold.name}": commands.run_identity(layout, arm, fold, split) for arm, fold in layout.runs(split)

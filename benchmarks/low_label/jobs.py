@@ -27,11 +27,11 @@ class Job:
     """Steps that one process does in order.
 
     Attributes:
-        name: file name of its log.
-        layout: of its task.
-        steps: made when it starts, because the command of a training depends on what is there already.
-        needs: name of the job that must have succeeded before.
-        finish: called when all steps are done.
+        name: File name of its log.
+        layout: Layout of its task.
+        steps: Made when it starts, because the command of a training depends on what is there already.
+        needs: Name of the job that must have succeeded before.
+        finish: Called when all steps are done.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Processes:
     """Starts workers, and ends them when the study is interrupted.
 
     Attributes:
-        lock: file descriptor that every worker holds: as long as one lives, the work folder is in use.
+        lock: File descriptor that every worker holds: as long as one lives, the work folder is in use.
     """
 
     lock: int
@@ -99,7 +99,7 @@ def processes(work: Path) -> Iterator[Processes]:
     """Lock the work folder.
 
     Raises:
-        KAFError: another run uses it.
+        KAFError: Another run uses it.
     """
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
@@ -121,10 +121,10 @@ def run_jobs(jobs: Sequence[Job], at_once: int, threads: int, launch: Launch) ->
     """Do jobs, those that others need first.
 
     Args:
-        jobs: a needed job stands before those that need it.
-        at_once: processes.
-        threads: of torch, per process.
-        launch: starts a worker.
+        jobs: A needed job stands before those that need it.
+        at_once: Processes.
+        threads: Threads of torch, per process.
+        launch: Starts a worker.
 
     Returns:
         One line for each job that failed.

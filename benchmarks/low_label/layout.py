@@ -21,10 +21,10 @@ class Layout:
     """Folders of one task of a study.
 
     Attributes:
-        study: the config.
-        task: one of its tasks.
-        work: scratch folder of all studies.
-        out: folder of the results of all studies.
+        study: The config.
+        task: One of its tasks.
+        work: Scratch folder of all studies.
+        out: Folder of the results of all studies.
     """
 
     study: Study
@@ -124,8 +124,8 @@ class Layout:
         """Environment of the commands.
 
         Args:
-            threads: of torch, per process.
-            more: further variables.
+            threads: Threads of torch, per process.
+            more: Further variables.
         """
         folders = {f"nnUNet_{n}": str(self.scratch / f"nnUNet_{n}") for n in ("raw", "preprocessed", "results")}
         return {

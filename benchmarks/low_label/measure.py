@@ -32,8 +32,8 @@ def hausdorff95(prediction: BoolArray, reference: BoolArray, spacing: tuple[floa
     """95 % Hausdorff distance.
 
     Args:
-        prediction: mask (*S).
-        reference: mask (*S).
+        prediction: Mask (*S).
+        reference: Mask (*S).
         spacing: mm per voxel, array order.
 
     Returns:
@@ -62,9 +62,9 @@ def measure(summary_file: str, checkpoint_file: str, device: str, out: str) -> N
 
     Args:
         summary_file: nnU-Net's summary.json.
-        checkpoint_file: of the training, which knows its seconds.
-        device: that the training ran on.
-        out: file to write.
+        checkpoint_file: Checkpoint of the training, which knows its seconds.
+        device: Device that the training ran on.
+        out: File to write.
     """
     cases = {}
     for case in read_json(Path(summary_file))["metric_per_case"]:

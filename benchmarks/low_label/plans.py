@@ -38,23 +38,23 @@ def write(layout: Layout) -> None:
 
 
 def kaf_config(options: Mapping[str, Any], patch_size: Sequence[int], n_stages: int) -> KAFConfig:
-    """Return the layers of an arm: its options, and what plans choose where it says nothing."""
+    """The layers of an arm: its options, and what plans choose where it says nothing."""
     config = KAFConfig.from_dict(options)
     planned = config.planned(patch_size, n_stages)
     return replace(planned, num_keypoints=options.get("num_keypoints", planned.num_keypoints))
 
 
 def same_batch(plans: Mapping[str, Any], plain: Mapping[str, Any], configuration: str, task: Task) -> dict[str, Any]:
-    """Return plans with one configuration, with the batch and the patch that all arms of a task share.
+    """Plans with one configuration, with the batch and the patch that all arms of a task share.
 
     Args:
-        plans: of the arm's planner.
-        plain: of nnU-Net's default planner.
-        configuration: what is trained.
-        task: its batch, patch, width and depth; None is what `plain`, or the arm's own planner, has.
+        plans: Plans of the arm's planner.
+        plain: Plans of nnU-Net's default planner.
+        configuration: What is trained.
+        task: Its batch, patch, width and depth; None is what `plain`, or the arm's own planner, has.
 
     Raises:
-        KAFError: the planner preprocesses in another way, or its network cannot pool the patch.
+        KAFError: The planner preprocesses in another way, or its network cannot pool the patch.
     """
     ours, theirs = resolve_configuration(plans, configuration), resolve_configuration(plain, configuration)
     ours = resized(ours, task)
@@ -84,14 +84,14 @@ def same_batch(plans: Mapping[str, Any], plain: Mapping[str, Any], configuration
 
 
 def resized(configuration: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """Return a configuration whose network has the task's width and depth: its first stages, features from that width.
+    """A configuration whose network has the task's width and depth: its first stages, features from that width.
 
     Args:
-        configuration: resolved, with the network of a planner.
+        configuration: Resolved, with the network of a planner.
         task: `features` of the first stage, doubled from stage to stage up to the planner's maximum, and `n_stages`.
 
     Raises:
-        KAFError: the planner's network has fewer stages.
+        KAFError: The planner's network has fewer stages.
     """
     if task.features is None and task.n_stages is None:
         return dict(configuration)

@@ -19,13 +19,13 @@ def describe(source: Path) -> tuple[dict[str, Any], list[str]]:
     """Read a raw dataset.
 
     Args:
-        source: folder with dataset.json, imagesTr and labelsTr.
+        source: Folder with dataset.json, imagesTr and labelsTr.
 
     Returns:
         Its dataset.json and the identifiers of its labelled cases.
 
     Raises:
-        KAFError: it is not there, has no cases or an ignore label.
+        KAFError: It is not there, has no cases or an ignore label.
     """
     file = source / "dataset.json"
     if not file.is_file():

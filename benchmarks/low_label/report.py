@@ -25,13 +25,14 @@ class Cell:
     """One arm with one number of labelled patients.
 
     Attributes:
-        arm: its name.
-        labelled: number of patients, or "all".
-        draws: number of draws.
-        metrics: mean over patients, by metric.
-        spread: smallest and largest mean of a draw, by metric.
-        differences: to the baseline with the same number of labelled patients, by metric; empty for the baseline.
-        cost: means over the draws; None where a part is unknown.
+        arm: Its name.
+        labelled: Number of patients, or "all".
+        draws: Number of draws.
+        metrics: Mean over patients, by metric.
+        spread: Smallest and largest mean of a draw, by metric.
+        differences: Differences to the baseline with the same number of labelled patients, by metric; none for the
+            baseline.
+        cost: Means over the draws; None where a part is unknown.
     """
 
     arm: str
@@ -54,7 +55,7 @@ class Results:
     baseline: str
 
     def cells(self) -> list[Cell]:
-        """Return the rows of the table, by number of labelled patients, the baseline first."""
+        """The rows of the table, by number of labelled patients, the baseline first."""
         groups: dict[tuple[int | str, str], list[Mapping[str, Any]]] = {}
         for run in self.runs:
             groups.setdefault((run["labelled"], run["arm"]), []).append(run)
@@ -66,16 +67,16 @@ def load(folder: Path, on: str, arms: Sequence[str] = (), baseline: str = "plain
     """Read the runs of a task.
 
     Args:
-        folder: results of the task.
+        folder: Results of the task.
         on: "validation" or "test".
-        arms: order of the arms; others follow.
-        baseline: arm that the others are compared with.
+        arms: Order of the arms; others follow.
+        baseline: Arm that the others are compared with.
 
     Returns:
         None if there are none.
 
     Raises:
-        KAFError: runs of different settings or splits lie in the folder.
+        KAFError: Runs of different settings or splits lie in the folder.
     """
     runs: list[Any] = [read_json(file) for file in sorted((folder / "runs" / on).glob("*.json"))]
     if not runs:
@@ -134,8 +135,8 @@ def trials(results: Results, notes: Mapping[str, str]) -> str:
     """Markdown table of trials: one line for each, with what it changes in the baseline.
 
     Args:
-        results: of a study whose arms differ from its baseline in one thing each.
-        notes: what was concluded, by arm.
+        results: Results of a study whose arms differ from its baseline in one thing each.
+        notes: What was concluded, by arm.
     """
     definitions = {run["arm"]: run["definition"] for run in results.runs}
     own = definitions.get(results.baseline, {})
@@ -156,8 +157,8 @@ def summary(tasks: Mapping[str, Sequence[Cell]], arms: Sequence[str]) -> str:
     """Markdown table of the Dice of some arms, a line for each task and number of labelled patients.
 
     Args:
-        tasks: cells of each task, by its name.
-        arms: columns, the baseline first; the difference is that of the last one to it. A line has the first and the
+        tasks: Cells of each task, by its name.
+        arms: Columns, the baseline first; the difference is that of the last one to it. A line has the first and the
             last of them at least.
     """
     _, plain, signed = METRICS["dice"]

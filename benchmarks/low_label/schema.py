@@ -17,10 +17,10 @@ class Rule:
     """What a key of the file may hold.
 
     Attributes:
-        kinds: accepted types.
-        expected: in words.
-        ok: further condition.
-        default: value if the key is absent.
+        kinds: Accepted types.
+        expected: What is expected, in words.
+        ok: Further condition.
+        default: Value if the key is absent.
     """
 
     kinds: tuple[type, ...]
@@ -30,7 +30,7 @@ class Rule:
 
 
 def whole(low: int, default: Any = REQUIRED) -> Rule:
-    """Return the rule of a whole number."""
+    """The rule of a whole number."""
     return Rule((int,), f"a whole number of at least {low}", lambda value: value >= low, default)
 
 
@@ -38,15 +38,15 @@ def read_block(block: Any, rules: Mapping[str, Rule], where: str) -> dict[str, A
     """Check the keys and values of an object.
 
     Args:
-        block: the object.
-        rules: by key.
-        where: path of the object, for messages.
+        block: The object.
+        rules: Rules by key.
+        where: Path of the object, for messages.
 
     Returns:
         It, with the defaults filled in.
 
     Raises:
-        KAFError: naming the key, what was found and what is expected.
+        KAFError: Naming the key, what was found and what is expected.
     """
     if not isinstance(block, dict):
         raise KAFError(f"{where.rstrip('.') or 'the file'}: found {block!r}, expected an object.")

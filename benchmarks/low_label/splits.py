@@ -19,10 +19,10 @@ class Fold:
     """One set of labelled patients; the same for all arms.
 
     Attributes:
-        index: number of the fold in nnU-Net's `splits_final.json`.
-        labelled: number of patients, or "all".
-        draw: which draw of labelled patients, and seed of the weights and the batches.
-        patients: the labelled patients.
+        index: Number of the fold in nnU-Net's `splits_final.json`.
+        labelled: Number of patients, or "all".
+        draw: Which draw of labelled patients, and seed of the weights and the batches.
+        patients: The labelled patients.
     """
 
     index: int
@@ -51,10 +51,10 @@ class Split:
     """All patients of a task.
 
     Attributes:
-        cases: of every patient.
-        test: patients that are never used for any choice.
-        validation: patients that choices are made on; never trained on.
-        folds: labelled patients of every run.
+        cases: Cases of every patient.
+        test: Patients that are never used for any choice.
+        validation: Patients that choices are made on; never trained on.
+        folds: Labelled patients of every run.
     """
 
     cases: Mapping[str, tuple[str, ...]]
@@ -76,12 +76,12 @@ class Split:
         return {case: patient for patient, cases in self.cases.items() for case in cases}
 
     def nnunet(self) -> list[dict[str, list[str]]]:
-        """Return `splits_final.json`."""
+        """`splits_final.json`."""
         validation = self.cases_of(self.validation)
         return [{"train": self.cases_of(fold.patients), "val": validation} for fold in self.folds]
 
     def document(self) -> dict[str, Any]:
-        """Return what is committed with the results."""
+        """What is committed with the results."""
         return {
             "cases": {patient: list(cases) for patient, cases in self.cases.items()},
             "test": list(self.test),
@@ -105,12 +105,12 @@ def draw(cases: Iterable[str], study: Study, task: Task) -> Split:
     patients. With "all", the draws differ in their seed only.
 
     Args:
-        cases: identifiers of all labelled cases.
-        study: seed, shares, numbers of labelled patients.
-        task: number of validation patients, and what a patient is.
+        cases: Identifiers of all labelled cases.
+        study: Seed, shares, numbers of labelled patients.
+        task: Number of validation patients, and what a patient is.
 
     Raises:
-        KAFError: there are too few patients.
+        KAFError: There are too few patients.
     """
     groups = group_by_patient(sorted(cases), task.patient_pattern)
     patients = list(groups)

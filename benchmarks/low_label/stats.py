@@ -19,10 +19,10 @@ class Mean:
     """A mean over draws and patients.
 
     Attributes:
-        value: the mean.
-        low: lower end of its 95 % interval.
-        high: upper end.
-        patients: how many.
+        value: The mean.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        patients: How many.
     """
 
     value: float
@@ -44,8 +44,8 @@ class Values:
     """A metric of one arm with one number of labelled patients.
 
     Attributes:
-        draws: of labelled patients, D.
-        patients: that were measured, P.
+        draws: Draws of labelled patients, D.
+        patients: Patients that were measured, P.
         array: (D, P); NaN where the metric is not defined.
     """
 
@@ -68,7 +68,7 @@ def collect(runs: Sequence[Mapping[str, Any]], metric: str) -> Values:
     """Average a metric over the classes of a case, then over the cases of a patient, for every draw.
 
     Args:
-        runs: results of the draws of one arm and one number of labelled patients, all on the same patients.
+        runs: Results of the draws of one arm and one number of labelled patients, all on the same patients.
         metric: "dice" or "hd95".
 
     Returns:
@@ -97,7 +97,7 @@ def interval(array: FloatArray, rng: np.random.Generator) -> tuple[float, float]
 
     Args:
         array: (D, P) by draw and patient.
-        rng: source of the draws.
+        rng: Source of the draws.
     """
     draws, patients = array.shape
     means = np.empty(RESAMPLES)
@@ -117,7 +117,7 @@ def mean(array: FloatArray, rng: np.random.Generator) -> Mean:
 
     Args:
         array: (D, P) by draw and patient.
-        rng: source of the draws.
+        rng: Source of the draws.
     """
     return Mean(float(np.nanmean(array, 0).mean()), *interval(array, rng), array.shape[1])
 

@@ -22,8 +22,8 @@ def table(cells: Sequence[Cell], pretrained: Sequence[str]) -> str:
     """Markdown table of the targets.
 
     Args:
-        cells: of one task, with `plain` as the baseline.
-        pretrained: all arms with a pretraining.
+        cells: Cells of one task, with `plain` as the baseline.
+        pretrained: All arms with a pretraining.
     """
     dice = {(cell.labelled, cell.arm): cell.metrics["dice"].value for cell in cells if "dice" in cell.metrics}
     rows = []

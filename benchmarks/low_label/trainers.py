@@ -3,7 +3,7 @@
 `write` copies this file into the folder of external trainers and adds one class per arm. What is paired between arms:
 
 - the first weights, where the networks are equal (one seed per draw, whatever the arm);
-- the batches of every epoch, with ``augmentation_processes`` 0 and a network that draws no random numbers itself: the
+- the batches of every epoch, with `augmentation_processes` 0 and a network that draws no random numbers itself: the
   generators are seeded anew at the start of every epoch, so that a continued training sees the same batches as well.
 """
 
@@ -56,7 +56,7 @@ class Study:
         super().initialize()  # type: ignore[misc]
 
     def configure_optimizers(self, *stage: str) -> Any:
-        """Return the trainer's optimiser; its schedule with the study's warm-up."""
+        """The trainer's optimiser; its schedule with the study's warm-up."""
         optimizer, schedule = super().configure_optimizers(*stage)  # type: ignore[misc]
         if self.warmup_epochs is not None and not hasattr(self, "warmup_duration_whole_net"):
             peak: float = self.initial_lr  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ class Study:
         return optimizer, schedule
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802  # nnU-Net's
-        """Return nnU-Net's augmentation; the checkpoint says whether predictions are averaged over mirrored images."""
+        """nnU-Net's augmentation; the checkpoint says whether predictions are averaged over mirrored images."""
         out: tuple[Any, ...] = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()  # type: ignore[misc]
         if not self.mirror_predictions:
             self.inference_allowed_mirroring_axes = None
@@ -112,9 +112,9 @@ def write(path: Path, arms: Mapping[str, tuple[str, Mapping[str, float | str]]],
     """Write this file and one class per arm to the folder of external trainers.
 
     Args:
-        path: file.
-        arms: by name of the class, the kind of trainer and its attributes.
-        common: class attributes of all arms.
+        path: File.
+        arms: Kind of trainer and its attributes, by name of the class.
+        common: Class attributes of all arms.
     """
     # Under another name, so that no name of nnU-Net's or ours is found in this module first.
     kinds = sorted({kind for kind, _ in arms.values()})

@@ -33,11 +33,11 @@ class Step:
     """One command.
 
     Attributes:
-        record: file of the record.
-        identity: hash of everything that decides about the result.
-        command: words; a console script, or `low_label:` and a function of `measure`.
-        product: file that the command makes.
-        environment: variables for this step alone.
+        record: File of the record.
+        identity: Hash of everything that decides about the result.
+        command: Words; a console script, or `low_label:` and a function of `measure`.
+        product: File that the command makes.
+        environment: Variables for this step alone.
     """
 
     record: str
@@ -48,10 +48,10 @@ class Step:
 
 
 def state(step: Step) -> dict[str, Any]:
-    """Return the record of a step; an empty one if it was never tried.
+    """The record of a step; an empty one if it was never tried.
 
     Raises:
-        KAFError: the record is that of a run with other options.
+        KAFError: The record is that of a run with other options.
     """
     path = Path(step.record)
     if not path.is_file():
@@ -73,7 +73,7 @@ def run_steps(steps: Sequence[Step], run: Callable[[Sequence[str]], None]) -> No
     """Run what is not done, in order.
 
     Raises:
-        SystemExit: a command failed or did not make its product.
+        SystemExit: A command failed or did not make its product.
     """
     for step in steps:
         if is_done(step):
@@ -106,7 +106,7 @@ def run_command(words: Sequence[str]) -> None:
     """Run a console script, or a function of `measure`, in this process.
 
     Raises:
-        SystemExit: it ended with an error.
+        SystemExit: It ended with an error.
     """
     if words[0].startswith(INTERNAL):
         from . import measure
@@ -121,7 +121,7 @@ def run_command(words: Sequence[str]) -> None:
 
 
 def dump(steps: Sequence[Step]) -> str:
-    """Return the content of the file of steps."""
+    """The content of the file of steps."""
     return json.dumps([asdict(step) for step in steps], indent=2) + "\n"
 
 

@@ -39,10 +39,10 @@ class Fault:
     """One kind of fault.
 
     Attributes:
-        name: of the kind.
-        what: in words.
-        tries: how often it is tried.
-        attempt: tries it once, with a seed; returns what went wrong, or nothing.
+        name: Name of the kind.
+        what: The fault in words.
+        tries: How often it is tried.
+        attempt: Tries it once, with a seed; returns what went wrong, or nothing.
     """
 
     name: str

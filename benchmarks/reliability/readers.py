@@ -41,8 +41,8 @@ class Reader:
     """One reader.
 
     Attributes:
-        name: what it reads.
-        attempt: writes a wrong file and reads it; anything but a KAFError is a failure.
+        name: What it reads.
+        attempt: Writes a wrong file and reads it; anything but a KAFError is a failure.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Files:
     """A folder with one good file of every kind.
 
     Args:
-        folder: empty.
+        folder: Empty.
     """
 
     def __init__(self, folder: Path) -> None:

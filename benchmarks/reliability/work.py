@@ -37,11 +37,11 @@ class Work:
     """Where everything is, and how the commands are started.
 
     Attributes:
-        folder: of everything; the undisturbed run is in ``whole``.
-        environment: variables of the commands.
-        seconds: that the undisturbed run took.
-        kills: of one run.
-        training_epochs: of a training.
+        folder: Folder of everything; the undisturbed run is in `whole`.
+        environment: Variables of the commands.
+        seconds: Seconds that the undisturbed run took.
+        kills: Kills of one run.
+        training_epochs: Epochs of a training.
     """
 
     folder: Path
@@ -94,7 +94,7 @@ def prepare(folder: Path, with_training: bool) -> Work:
     """Write the datasets, and run the pretraining that nothing happens to.
 
     Raises:
-        RuntimeError: one of these commands fails.
+        RuntimeError: One of these commands fails.
     """
     folder.chmod(0o777)
     variables = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}

@@ -29,23 +29,23 @@ class CaseView:
     """Everything of a case that the report shows. Volumes are on the grid of the preprocessed image, (Z, Y, X).
 
     Attributes:
-        name: identifier.
+        name: Identifier.
         image: (C, Z, Y, X), normalised.
-        spacing: three voxel sizes in mm.
-        prediction: labels of the ensemble.
-        reference: labels, None without a label file.
-        disagreement: share of the folds that differ from the ensemble, None with one fold.
-        box: the part of the volume that the inspected forward pass saw: three slices, one voxel thick in 2D.
-        offset: voxels of padding before the box, one per axis of the patch.
-        flat: whether the configuration is 2D.
+        spacing: Three voxel sizes in mm.
+        prediction: Labels of the ensemble.
+        reference: Labels, None without a label file.
+        disagreement: Share of the folds that differ from the ensemble, None with one fold.
+        box: The part of the volume that the inspected forward pass saw: three slices, one voxel thick in 2D.
+        offset: Voxels of padding before the box, one per axis of the patch.
+        flat: Whether the configuration is 2D.
         keypoints: (N, 3) voxels of the volume, strongest first; None for a network without keypoint layers.
         score: (N,) detection response in standard deviations.
         scales: (N,) mm, see `scales_mm`.
         index: (N,) position of each keypoint among the K of the forward pass.
         levels: `Level` by number, of a batch of one.
-        original_prediction: labels on the grid of the image file.
-        original_reference: labels on that grid, or None.
-        original_spacing: voxel sizes in mm on that grid.
+        original_prediction: Labels on the grid of the image file.
+        original_reference: Labels on that grid, or None.
+        original_spacing: Voxel sizes in mm on that grid.
     """
 
     name: str
@@ -80,14 +80,14 @@ def view_case(
     the prediction, else of the image.
 
     Args:
-        model: from `open_model`.
-        images: one file per channel, in their order.
-        label: reference segmentation.
-        device: to predict on.
-        mirror: use nnU-Net's test-time mirroring, if the model was trained for it.
+        model: A model folder, from `open_model`.
+        images: One file per channel, in their order.
+        label: Reference segmentation.
+        device: Where to predict.
+        mirror: Use nnU-Net's test-time mirroring, if the model was trained for it.
 
     Raises:
-        KAFError: the files cannot be read as a case of this model, or it is the second stage of a cascade.
+        KAFError: The files cannot be read as a case of this model, or it is the second stage of a cascade.
     """
     if model.is_cascade:
         raise KAFError(
@@ -133,15 +133,15 @@ def preprocess_case(
     """Preprocess a case as the model's training data were.
 
     Args:
-        model: from `open_model`.
-        images: one file per channel, in their order.
-        label: reference segmentation.
+        model: A model folder, from `open_model`.
+        images: One file per channel, in their order.
+        label: Reference segmentation.
 
     Returns:
         The image (C, Z, Y, X), the reference (Z, Y, X) on its grid or None, and what nnU-Net needs to go back.
 
     Raises:
-        KAFError: the files cannot be read as a case of this model.
+        KAFError: The files cannot be read as a case of this model.
     """
     manager = model.manager()
     configuration = manager.get_configuration(model.configuration)

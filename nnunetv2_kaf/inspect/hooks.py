@@ -33,7 +33,7 @@ class Level:
     """What one keypoint-augmented fusion layer did in a forward pass.
 
     Attributes:
-        level: of the encoder, 0 = full resolution.
+        level: Its number in the encoder, 0 = full resolution.
         stride: D strides of the level relative to the input.
         attention: (B, blocks, heads, K, K) float32; [..., i, j] is the share that keypoint i takes from keypoint j.
             Rows of valid keypoints sum to 1 over the valid ones, all else is 0.
@@ -54,15 +54,15 @@ class Inspection:
     """Context manager that records the last forward pass of a network.
 
     Args:
-        network: a `KAFUNet` or its encoder. Of one inside `torch.compile` call `unwrapped(network)`: compiled code runs
+        network: A `KAFUNet` or its encoder. Of one inside `torch.compile` call `unwrapped(network)`: compiled code runs
             no hooks that were registered after its compilation.
 
     Attributes:
-        keypoints: of the last forward pass.
+        keypoints: Points of the last forward pass.
         levels: `Level` by number of the encoder level.
 
     Raises:
-        KAFError: the network has no keypoint layers.
+        KAFError: The network has no keypoint layers.
     """
 
     keypoints: Keypoints
@@ -132,7 +132,7 @@ def attention_of(qkv: Tensor, num_heads: int, mask: Tensor) -> Tensor:
     Args:
         qkv: (B, K, 3 D) queries, keys and values of all heads.
         num_heads: H, divides D.
-        mask: broadcasts to (B, H, K, K), bool, True where attention is allowed.
+        mask: Broadcasts to (B, H, K, K), bool, True where attention is allowed.
 
     Returns:
         (B, H, K, K) float32; rows sum to 1.
@@ -167,7 +167,7 @@ def kaf_encoder(network: nn.Module) -> KAFEncoder:
     """The encoder with keypoint layers of a network.
 
     Raises:
-        KAFError: it has none.
+        KAFError: It has none.
     """
     network = unwrapped(network)
     encoder = network if isinstance(network, KAFEncoder) else getattr(network, "encoder", None)
@@ -186,7 +186,7 @@ def spread_out(coords: Tensor, valid: Tensor, spacing: Sequence[float], count: i
         coords: (K, D) voxels, strongest first.
         valid: (K,) bool.
         spacing: D mm per voxel.
-        count: how many at most.
+        count: How many at most.
 
     Returns:
         Indices of at most `count` valid keypoints.

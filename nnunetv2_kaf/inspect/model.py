@@ -28,11 +28,11 @@ class Fold:
     """One training of a model.
 
     Attributes:
-        name: of the fold, a number or "all".
-        folder: where it lies.
-        weights: of the network.
-        logging: what nnU-Net recorded per epoch, by the names in `CURVES`; empty if it recorded nothing.
-        initialization: what the training started from, as nnUNetTrainerKAF recorded it; empty for other trainers.
+        name: A number or "all".
+        folder: Its place.
+        weights: State dict of the network.
+        logging: What nnU-Net recorded per epoch, by the names in `CURVES`; empty if it recorded nothing.
+        initialization: What the training started from, as nnUNetTrainerKAF recorded it; empty for other trainers.
     """
 
     name: str
@@ -53,13 +53,13 @@ class TrainedModel:
     """A model folder of nnU-Net.
 
     Attributes:
-        folder: holds plans.json, dataset.json and the folds.
-        plans: as saved with the model.
-        dataset_json: as saved with the model.
-        configuration: that was trained.
-        trainer: its class name.
-        mirror_axes: of test-time mirroring, None for none.
-        folds: at least one.
+        folder: Holds plans.json, dataset.json and the folds.
+        plans: Those saved with the model.
+        dataset_json: The one saved with the model.
+        configuration: The one that was trained.
+        trainer: Its class name.
+        mirror_axes: Axes of test-time mirroring, `None` for none.
+        folds: One fold or more.
     """
 
     folder: Path
@@ -88,10 +88,10 @@ class TrainedModel:
         """The network with the weights of a fold, in evaluation mode.
 
         Args:
-            fold: one of `folds`; None = fresh weights, as at the start of a training from scratch.
+            fold: One of `folds`; None = fresh weights, as at the start of a training from scratch.
 
         Raises:
-            KAFError: the weights do not belong to the network that the plans describe.
+            KAFError: The weights do not belong to the network that the plans describe.
         """
         manager = self.manager()
         configuration = manager.get_configuration(self.configuration)
@@ -122,11 +122,11 @@ def open_model(folder: str | Path, folds: Sequence[str] | None = None, checkpoin
 
     Args:
         folder: TRAINER__PLANS__CONFIGURATION in nnUNet_results.
-        folds: names of the folds; None = all that have the checkpoint.
-        checkpoint: file name in the folds' folders.
+        folds: Names of the folds; None = all that have the checkpoint.
+        checkpoint: File name in the folds' folders.
 
     Raises:
-        KAFError: no such folder, no plans, no finished fold, or a file that cannot be read safely.
+        KAFError: No such folder, no plans, no finished fold, or a file that cannot be read safely.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -172,7 +172,7 @@ def _read_fold(file: Path) -> tuple[Fold, _Checkpoint]:
     """Read a checkpoint of a training.
 
     Raises:
-        KAFError: it cannot be read safely, or an entry is missing or of another type.
+        KAFError: It cannot be read safely, or an entry is missing or of another type.
     """
     content = load_safely(file, what="checkpoint of an nnU-Net training")
     fix = "Give a model that nnU-Net has trained, or copy the file again."
@@ -196,7 +196,7 @@ def _curve(logging: Mapping[str, Any], name: str, file: Path) -> list[float]:
     """One number per epoch; empty if the trainer records none.
 
     Raises:
-        KAFError: it holds something else than numbers.
+        KAFError: It holds something else than numbers.
     """
     try:
         return [float(value) for value in logging.get(name, [])]
@@ -210,7 +210,7 @@ def _fold_files(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> l
     """The checkpoints to read.
 
     Raises:
-        KAFError: there are none.
+        KAFError: There are none.
     """
     names = sorted((p.name.removeprefix("fold_") for p in folder.glob("fold_*") if p.is_dir()), key=_natural)
     files = [folder / f"fold_{name}" / checkpoint for name in (names if folds is None else folds)]

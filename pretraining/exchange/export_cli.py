@@ -1,4 +1,4 @@
-"""``kaf-export``: write a pretraining checkpoint in a format that other tools read."""
+"""`kaf-export`: write a pretraining checkpoint in a format that other tools read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("pretraining")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser."""
+    """The parser."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Write a checkpoint of kaf-pretrain, or a trained model, in a format that other tools read. nnssl: "

@@ -15,13 +15,13 @@ def fetched(place: str) -> Path:
     """Download a repository in the layout of nnssl (three files), or take it from the cache.
 
     Args:
-        place: ``hf://owner/name`` or ``hf://owner/name@revision``.
+        place: `hf://owner/name` or `hf://owner/name@revision`.
 
     Returns:
         The folder of the files.
 
     Raises:
-        KAFError: the name is none, the package is missing, or the repository cannot be had.
+        KAFError: The name is none, the package is missing, or the repository cannot be had.
     """
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?", place)
     if not match:

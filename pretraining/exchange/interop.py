@@ -1,6 +1,6 @@
-"""``kaf-pretrain --init``: start the convolutional part of the encoder from weights that were trained elsewhere.
+"""`kaf-pretrain --init`: start the convolutional part of the encoder from weights that were trained elsewhere.
 
-Three kinds of files are read: nnssl checkpoints (``network_weights`` and ``nnssl_adaptation_plan``), checkpoints of
+Three kinds of files are read: nnssl checkpoints (`network_weights` and `nnssl_adaptation_plan`), checkpoints of
 nnU-Net trainings, and our own pretraining checkpoints. The networks share the names of dynamic-network-architectures,
 so tensors fit by name. Taking only some of them would leave an encoder that is neither pretrained nor fresh, therefore
 either every convolutional tensor is determined by the file or nothing is changed.
@@ -39,18 +39,18 @@ def initialize_encoder(network: nn.Module, path: str | Path, channels: int, adap
     fresh initialisation.
 
     Args:
-        network: a `KAFUNet`, or nnU-Net's `PlainConvUNet` or `ResidualEncoderUNet`, freshly initialised, not wrapped.
-        path: an nnssl checkpoint, a checkpoint of an nnU-Net training, or one of our pretraining checkpoints.
-        channels: input channels of ``network``.
-        adapt: also take weights of other kernel sizes, and of an encoder with another number of stages or convolutions;
+        network: A `KAFUNet`, or nnU-Net's `PlainConvUNet` or `ResidualEncoderUNet`, freshly initialised, not wrapped.
+        path: An nnssl checkpoint, a checkpoint of an nnU-Net training, or one of our pretraining checkpoints.
+        channels: Input channels of `network`.
+        adapt: Also take weights of other kernel sizes, and of an encoder with another number of stages or convolutions;
             the report says which were adapted, which were not used, and what stays fresh.
 
     Returns:
         What was taken, adapted and left at its initialisation; it is also logged.
 
     Raises:
-        KAFError: the file cannot be read safely, is of an unknown kind, or holds another architecture: the differences
-            are named and ``network`` is unchanged.
+        KAFError: The file cannot be read safely, is of an unknown kind, or holds another architecture: the differences
+            are named and `network` is unchanged.
     """
     path = located(path)
     source = read_weights(path)
@@ -98,7 +98,7 @@ def describe(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The architecture of an encoder, read off the names and shapes of its tensors.
 
     Returns:
-        backbone, input channels, and per stage: features, kernel sizes and number of convolutions.
+        Backbone, input channels, and per stage: features, kernel sizes and number of convolutions.
     """
     convolutions = {
         k: v

@@ -1,13 +1,13 @@
 """Export of a pretraining checkpoint in the format of nnssl, which nnU-Net's finetuning from nnssl reads.
 
-The format is a file that loads with ``weights_only=True``: ``network_weights``, a state dict, and
-``nnssl_adaptation_plan``, which says how to build the network, what it was pretrained on, and under which names its
-parts are. Its readers take the tensors under ``key_to_encoder`` and ``key_to_stem`` and train a decoder of their own.
+The format is a file that loads with `weights_only=True`: `network_weights`, a state dict, and
+`nnssl_adaptation_plan`, which says how to build the network, what it was pretrained on, and under which names its
+parts are. Its readers take the tensors under `key_to_encoder` and `key_to_stem` and train a decoder of their own.
 
 - The whole `KAFUNet` is written by default: nothing is lost, `kaf-pretrain --init` takes the keypoint layers as well,
   and readers that keep an architecture of their own find stem and stages under the usual names. Readers that build the
   network from the plan need this package.
-- ``plain`` writes the convolutional part as nnU-Net's own UNet, which every reader can build. It loses the keypoint
+- `plain` writes the convolutional part as nnU-Net's own UNet, which every reader can build. It loses the keypoint
   layers; the convolutions were trained beside them, so its features are close to the pretrained ones, not the same.
 """
 
@@ -68,15 +68,15 @@ def export_nnssl(
 
     Args:
         checkpoint: checkpoint_final.pth of a pretraining run.
-        out: file to write, atomically; one that ends in .safetensors is written as such.
-        plain: write the convolutional part as nnU-Net's own UNet.
-        force: replace ``out`` if it exists.
+        out: File to write, atomically; one that ends in .safetensors is written as such.
+        plain: Write the convolutional part as nnU-Net's own UNet.
+        force: Replace `out` if it exists.
 
     Returns:
         The adaptation plan.
 
     Raises:
-        KAFError: the checkpoint cannot be read or is damaged, ``out`` exists or cannot be written, or ``plain`` was
+        KAFError: The checkpoint cannot be read or is damaged, `out` exists or cannot be written, or `plain` was
             asked of a network with `concat` fusion.
     """
     checkpoint, out = Path(checkpoint), Path(out)
@@ -99,14 +99,14 @@ def export_folder(checkpoint: str | Path, out: str | Path, *, force: bool = Fals
 
     Args:
         checkpoint: checkpoint_final.pth of a pretraining run.
-        out: folder to write.
-        force: replace the files if they exist.
+        out: Folder to write.
+        force: Replace the files if they exist.
 
     Returns:
         The adaptation plan.
 
     Raises:
-        KAFError: as `export_nnssl`; the fusion is `concat`, or the network is 2D: that finetuning knows neither.
+        KAFError: As `export_nnssl`; the fusion is `concat`, or the network is 2D: that finetuning knows neither.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if out.exists() and not out.is_dir():
@@ -140,7 +140,7 @@ def exported(checkpoint: Path, plain: bool) -> dict[str, Any]:
     """The content of an nnssl checkpoint, checked against the network that its plan describes.
 
     Raises:
-        KAFError: as `export_nnssl`.
+        KAFError: As `export_nnssl`.
     """
     content = read_checkpoint(checkpoint)
     architecture, weights = content["architecture"], content["network_weights"]
@@ -168,12 +168,12 @@ def adaptation_plan(content: Mapping[str, Any], architecture: Mapping[str, Any],
     """The adaptation plan, JSON types.
 
     Args:
-        content: our pretraining checkpoint.
-        architecture: the ``architecture`` entry of the network that is exported.
-        network: built from it.
+        content: Our pretraining checkpoint.
+        architecture: The `architecture` entry of the network that is exported.
+        network: Built from it.
 
     Returns:
-        Every entry of the format; ``pretrain_plan`` has one configuration, the pretrained one, because readers take the
+        Every entry of the format; `pretrain_plan` has one configuration, the pretrained one, because readers take the
         first.
     """
     name = content["configuration"]
@@ -198,10 +198,10 @@ def adaptation_plan(content: Mapping[str, Any], architecture: Mapping[str, Any],
 
 
 def plain_architecture(architecture: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The ``architecture`` entry of nnU-Net's own UNet with the same stages.
+    """The `architecture` entry of nnU-Net's own UNet with the same stages.
 
     Raises:
-        KAFError: the fusion is `concat`: the stages take twice the channels.
+        KAFError: The fusion is `concat`: the stages take twice the channels.
     """
     arguments = dict(architecture["arch_kwargs"])
     if arguments["kaf"].get("fusion", "add") != "add":
@@ -224,7 +224,7 @@ def _build(architecture: Mapping[str, Any], weights: Mapping[str, Tensor], chann
     """Build the network that the plan names, with the weights.
 
     Raises:
-        KAFError: they do not fit each other: the checkpoint is damaged or was written by another version.
+        KAFError: They do not fit each other: the checkpoint is damaged or was written by another version.
     """
     classes = next((v.shape[0] for k, v in weights.items() if ".seg_layers." in k and k.endswith(".weight")), 2)
     network = build_network(architecture, channels, classes, where=str(path), initialize=False)
@@ -239,7 +239,7 @@ def _build(architecture: Mapping[str, Any], weights: Mapping[str, Tensor], chann
 
 
 def check_output(checkpoint: Path, out: Path, force: bool) -> None:
-    """Raise a KAFError if ``out`` must not be written."""
+    """Raise a KAFError if `out` must not be written."""
     if out.is_dir():
         raise KAFError(f"-o {out} is a folder; expected a file, e.g. {out / 'checkpoint_final.pth'}.")
     if out.exists() and checkpoint.exists() and out.samefile(checkpoint):

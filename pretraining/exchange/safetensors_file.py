@@ -25,7 +25,7 @@ def write_safetensors(content: Mapping[str, Any], out: Path) -> None:
     """Write a checkpoint: `network_weights` as tensors, everything else as JSON in the metadata.
 
     Raises:
-        KAFError: the package is missing, or the file cannot be written.
+        KAFError: The package is missing, or the file cannot be written.
     """
     save, _ = _package(f"-o {out}")
     names: dict[tuple[int, torch.Size], str] = {}
@@ -47,7 +47,7 @@ def read_safetensors(path: Path, named_by: str = "") -> dict[str, Any]:
     """Read a file of `write_safetensors`, or one of others: its tensors are `network_weights` then.
 
     Raises:
-        KAFError: the package or the file is missing, or it is damaged.
+        KAFError: The package or the file is missing, or it is damaged.
     """
     shown = f"{named_by} {path}".strip()
     _, opened = _package(shown)
@@ -71,7 +71,7 @@ def _package(what: str) -> tuple[Any, Any]:
     """The functions that save and open.
 
     Raises:
-        KAFError: the package is not installed.
+        KAFError: The package is not installed.
     """
     try:
         from safetensors import safe_open

@@ -1,6 +1,6 @@
-"""Encoder weights from the files that ``kaf-pretrain --init`` accepts, loaded without running code from them.
+"""Encoder weights from the files that `kaf-pretrain --init` accepts, loaded without running code from them.
 
-Three kinds: nnssl checkpoints (``network_weights`` and ``nnssl_adaptation_plan``), also as a folder of three files
+Three kinds: nnssl checkpoints (`network_weights` and `nnssl_adaptation_plan`), also as a folder of three files
 or on the Hugging Face hub, checkpoints of nnU-Net trainings, and our own pretraining checkpoints; all also as
 safetensors.
 """
@@ -29,8 +29,8 @@ class Source(NamedTuple):
     """Encoder weights of a file.
 
     Attributes:
-        kind: what the file is, in words.
-        weights: tensors under the names of our encoder: ``encoder.stem.*``, ``encoder.stages.*``, ``encoder.layers.*``.
+        kind: What the file is, in words.
+        weights: Tensors under the names of our encoder: `encoder.stem.*`, `encoder.stages.*`, `encoder.layers.*`.
     """
 
     kind: str
@@ -41,7 +41,7 @@ def located(path: str | Path) -> Path:
     """The file with the weights: of a folder in the layout of nnssl its checkpoint, else the path itself.
 
     Raises:
-        KAFError: the folder holds no checkpoint.
+        KAFError: The folder holds no checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
@@ -59,7 +59,7 @@ def read_weights(path: str | Path) -> Source:
     """Read the encoder weights of a file of any supported kind.
 
     Raises:
-        KAFError: the file is missing, truncated, unsafe to load, of an unknown kind, or holds no UNet encoder.
+        KAFError: The file is missing, truncated, unsafe to load, of an unknown kind, or holds no UNet encoder.
     """
     path = Path(path)
     checkpoint = read_safetensors(path, "--init") if path.suffix == SUFFIX else load_safely(path, "--init")
@@ -86,7 +86,7 @@ def _kind(checkpoint: Mapping[str, Any], path: Path) -> str:
     """What a checkpoint is, in words.
 
     Raises:
-        KAFError: it is none of the supported kinds.
+        KAFError: It is none of the supported kinds.
     """
     if not isinstance(checkpoint.get("network_weights"), Mapping):
         unfinished = checkpoint.get("format") == "nnunetv2_kaf.pretraining_run"
@@ -121,7 +121,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 def _from_nnssl(weights: Mapping[str, Tensor], plan: Any, path: Path) -> dict[str, Tensor]:
     """Rename the encoder of an nnssl checkpoint, wherever its plan says it is, to our names.
 
-    ``key_to_encoder`` names the stages (``encoder.stages``), or the module that holds stages and stem; ``key_to_stem``
+    `key_to_encoder` names the stages (`encoder.stages`), or the module that holds stages and stem; `key_to_stem`
     the stem, which is a part of the stages in a plain network.
     """
     keys = {key: plan.get(key) for key in ("key_to_encoder", "key_to_stem")} if isinstance(plan, Mapping) else {}

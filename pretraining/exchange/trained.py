@@ -38,14 +38,14 @@ def export_nnunet(folder: str | Path, out: str | Path, *, force: bool = False) -
 
     Args:
         folder: TRAINER__PLANS__CONFIGURATION in nnUNet_results.
-        out: model folder to write.
-        force: replace ``out`` if it exists.
+        out: Model folder to write.
+        force: Replace `out` if it exists.
 
     Returns:
         What was written, in words.
 
     Raises:
-        KAFError: the model cannot be read, its layers take part, or ``out`` exists or cannot be written.
+        KAFError: The model cannot be read, its layers take part, or `out` exists or cannot be written.
     """
     model, out = open_model(folder), Path(out)
     if out.exists() and (out.samefile(model.folder) or not force):
@@ -83,16 +83,16 @@ def export_onnx(folder: str | Path, out: str | Path, *, fold: str | None = None,
 
     Args:
         folder: TRAINER__PLANS__CONFIGURATION in nnUNet_results.
-        out: file to write.
-        fold: whose network; None = the only one.
-        force: replace ``out`` if it exists.
+        out: File to write.
+        fold: Fold whose network; None = the only one.
+        force: Replace `out` if it exists.
 
     Returns:
         What was written, in words.
 
     Raises:
-        KAFError: the model cannot be read, a package is missing, the network cannot be exported, its ONNX form computes
-            something else, or ``out`` exists or cannot be written.
+        KAFError: The model cannot be read, a package is missing, the network cannot be exported, its ONNX form computes
+            something else, or `out` exists or cannot be written.
     """
     out = Path(out)
     if out.exists() and (out.is_dir() or not force):
@@ -164,7 +164,7 @@ def _onnx_packages() -> Any:
     """The runtime.
 
     Raises:
-        KAFError: a package is missing.
+        KAFError: A package is missing.
     """
     try:
         import onnx  # noqa: F401 (torch imports it)

@@ -87,8 +87,8 @@ class Monitor:
     """Evaluates a model on the same pairs every time.
 
     Args:
-        loader: makes pairs of the held-out cases, `PAIRS_AT_ONCE` at a time.
-        device: where the model is.
+        loader: Makes pairs of the held-out cases, `PAIRS_AT_ONCE` at a time.
+        device: Device of the model.
     """
 
     def __init__(self, loader: PairLoader, device: torch.device) -> None:
@@ -98,7 +98,7 @@ class Monitor:
 
     @torch.no_grad()
     def evaluate(self, model: PretrainingModel, dtype: torch.dtype | None) -> dict[str, float]:
-        """Return the `MONITORED` values; NaN where there is nothing to measure (no match in any pair)."""
+        """The `MONITORED` values; NaN where there is nothing to measure (no match in any pair)."""
         training = model.training
         model.eval()
         hits, count = torch.zeros(2), 0.0

@@ -72,9 +72,9 @@ class CrossBlock(nn.Module):
     """Pre-norm transformer block in which the points of one view attend to those of the other (Vaswani et al., 2017).
 
     Args:
-        features: width F.
-        num_heads: attention heads.
-        mlp_ratio: width of the residual MLP in multiples of F.
+        features: Width F.
+        num_heads: Attention heads.
+        mlp_ratio: Width of the residual MLP in multiples of F.
     """
 
     def __init__(self, features: int, num_heads: int, mlp_ratio: float) -> None:
@@ -116,13 +116,13 @@ class Matcher(nn.Module):
     views, so that exchanging the views exchanges the results.
 
     Args:
-        features: width F of the descriptors.
-        layers: pairs of a self and a cross block; with none only the projection is learned.
-        num_heads: attention heads; if F is no multiple of it, their greatest common divisor.
-        mlp_ratio: width of the residual MLPs in multiples of F.
+        features: Width F of the descriptors.
+        layers: Pairs of a self and a cross block; with none only the projection is learned.
+        num_heads: Attention heads; if F is no multiple of it, their greatest common divisor.
+        mlp_ratio: Width of the residual MLPs in multiples of F.
 
     Attributes:
-        dustbin: scalar, the score of matching a point with nothing. It starts at 0, the expected score of two unrelated
+        dustbin: Scalar, the score of matching a point with nothing. It starts at 0, the expected score of two unrelated
             descriptors.
     """
 

@@ -18,14 +18,14 @@ from pretraining.objectives.heads import DescriptorHead, GlobalHead, Matcher, ma
 
 
 class Embeddings(NamedTuple):
-    """What the losses see of 2B views: B first sides, then B second sides. ``None`` where a loss is off.
+    """What the losses see of 2B views: B first sides, then B second sides. `None` where a loss is off.
 
     Attributes:
         bottleneck: (2B, E) embedding of the pooled bottleneck.
         keypoints: (2B, E) embedding of the mean descriptor.
         descriptors: (2B, K, F) multi-scale keypoint descriptors.
         matching: (2B, K, F) descriptors after attention between the two views of a pair.
-        dustbin: scalar score of "no partner".
+        dustbin: Scalar score of "no partner".
         valid: (2B, K) bool.
     """
 
@@ -43,8 +43,8 @@ class PretrainingModel(nn.Module):
     Only the heads of losses that take part are built: a parameter without gradient would stop distributed training.
 
     Args:
-        encoder: a `KAFEncoder`, or nnU-Net's own encoder (global losses on the bottleneck only).
-        config: which losses take part, and the sizes of the heads.
+        encoder: A `KAFEncoder`, or nnU-Net's own encoder (global losses on the bottleneck only).
+        config: Which losses take part, and the sizes of the heads.
     """
 
     def __init__(self, encoder: nn.Module, config: PretrainConfig) -> None:

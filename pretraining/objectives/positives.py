@@ -12,14 +12,14 @@ def simclr_positives(count: int, device: torch.device | None = None) -> Tensor:
     """Build the positive mask of the two views of a pair: Chen et al., SimCLR, ICML 2020.
 
     Args:
-        count: number of views N; i and i + N/2 are the two sides of a pair.
-        device: of the mask.
+        count: Number of views N; i and i + N/2 are the two sides of a pair.
+        device: Device of the mask.
 
     Returns:
         (N, N) bool, symmetric, False on the diagonal.
 
     Raises:
-        KAFError: if N is odd.
+        KAFError: If N is odd.
     """
     if count % 2:
         raise KAFError(f"Expected first sides before second sides, an even number of views; found {count}.")
@@ -43,7 +43,7 @@ def partition_positives(positions: Tensor, partitions: int) -> Tensor:
         (N, N) bool, symmetric, False on the diagonal.
 
     Raises:
-        KAFError: if the shape is wrong, N is odd or S is not positive.
+        KAFError: If the shape is wrong, N is odd or S is not positive.
     """
     partners = _partners(positions)
     if partitions < 1:
@@ -61,13 +61,13 @@ def position_positives(positions: Tensor, threshold: float) -> Tensor:
 
     Args:
         positions: (N, A) float in [0, 1]; first sides, then second sides.
-        threshold: largest difference, exclusive.
+        threshold: Largest difference, exclusive.
 
     Returns:
         (N, N) bool, symmetric, False on the diagonal.
 
     Raises:
-        KAFError: if the shape is wrong or N is odd.
+        KAFError: If the shape is wrong or N is odd.
     """
     partners = _partners(positions)
     near = ((positions.unsqueeze(1) - positions.unsqueeze(0)).abs() < threshold).all(2)

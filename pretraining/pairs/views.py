@@ -24,16 +24,16 @@ class ViewParameters:
     """Everything that determines one view; replaying it gives the same view bit for bit on one machine.
 
     Attributes:
-        centre: source voxel coordinates of the view's centre (D values, array order).
+        centre: Source voxel coordinates of the view's centre (D values, array order).
         rotation: (D, D) rotation matrix in mm space.
-        scale: source mm per view mm.
-        mirror: per axis, whether the view is mirrored.
-        control: elastic displacement in mm of the control points, (D, ELASTIC_CELLS + 3, ...), or ``None``.
-        gamma: exponent per channel, applied to the view scaled to [0, 1].
-        contrast: factor per channel around the view's mean.
-        brightness: offset per channel in standard deviations of the view.
-        noise: standard deviation of the noise per channel, in standard deviations of the view.
-        noise_seed: seed of the noise.
+        scale: Source mm per view mm.
+        mirror: Whether the view is mirrored, one value per axis.
+        control: Elastic displacement in mm of the control points, (D, ELASTIC_CELLS + 3, ...), or `None`.
+        gamma: Exponent per channel, applied to the view scaled to [0, 1].
+        contrast: Factor per channel around the view's mean.
+        brightness: Offset per channel in standard deviations of the view.
+        noise: Standard deviation of the noise per channel, in standard deviations of the view.
+        noise_seed: Seed of the noise.
     """
 
     centre: tuple[float, ...]
@@ -58,18 +58,18 @@ def draw_view(
 ) -> ViewParameters:
     """Draw the parameters of one view.
 
-    With probability ``config.spatial``: rotation uniform in +-``rotation`` degrees (about every axis; in the plane only
-    if the voxel sizes differ by more than `ANISOTROPY_LIMIT`), scale log-uniform in [``scale_min``, ``scale_max``],
-    elastic control displacements uniform in +-``elastic`` of the control spacing. Otherwise a plain crop. Mirrors and
+    With probability `config.spatial`: rotation uniform in +-`rotation` degrees (about every axis; in the plane only
+    if the voxel sizes differ by more than `ANISOTROPY_LIMIT`), scale log-uniform in [`scale_min`, `scale_max`],
+    elastic control displacements uniform in +-`elastic` of the control spacing. Otherwise a plain crop. Mirrors and
     intensity changes are drawn independently of that.
 
     Args:
-        centre: source voxel coordinates of the crop centre.
-        shape: shape of the view in voxels.
-        spacing: voxel size in mm, of source and view alike.
-        channels: number of image channels.
-        config: ranges.
-        generator: source of all draws.
+        centre: Source voxel coordinates of the crop centre.
+        shape: Shape of the view in voxels.
+        spacing: Voxel size in mm, of source and view alike.
+        channels: Number of image channels.
+        config: The ranges to draw from.
+        generator: Source of all draws.
     """
     dims = len(shape)
     rotation, scale, control = np.eye(dims), 1.0, None
@@ -97,7 +97,7 @@ def draw_view(
 
 
 def _isotropic_axes(spacing: Sequence[float]) -> tuple[int, ...]:
-    """Return the axes that may be mixed: all, or the two fine ones of a strongly anisotropic volume."""
+    """The axes that may be mixed: all, or the two fine ones of a strongly anisotropic volume."""
     if len(spacing) == 2 or max(spacing) <= ANISOTROPY_LIMIT * min(spacing):
         return tuple(range(len(spacing)))
     thick = int(np.argmax(spacing))
@@ -105,7 +105,7 @@ def _isotropic_axes(spacing: Sequence[float]) -> tuple[int, ...]:
 
 
 def _draw_rotation(dims: int, axes: tuple[int, ...], limit: float, generator: np.random.Generator) -> np.ndarray:
-    """Draw a rotation matrix: one angle per plane spanned by two of ``axes``, each uniform in +-limit radians."""
+    """Draw a rotation matrix: one angle per plane spanned by two of `axes`, each uniform in +-limit radians."""
     matrix = np.eye(dims)
     for i, first in enumerate(axes):
         for second in axes[i + 1 :]:
