@@ -66,6 +66,7 @@ _PAPER: dict[str, Any] = {
     "weight_local": 0.0,
     "weight_transport": 0.01,
     "sinkhorn_iterations": 100,
+    "ambiguous": "unmatched",
     "across": 0.0,
     "mirror": 0.5,
     "rotation": 30.0,
@@ -163,6 +164,13 @@ class PretrainConfig:
         2, int, "transport: layers of self and cross attention between two views", low=0, high=256
     )
     sinkhorn_iterations: int = _option(50, int, "transport: Sinkhorn iterations (the paper: 100)", low=1, high=100000)
+    ambiguous: str = _option(
+        "ignored",
+        str,
+        "keypoints that may show the same structure without being matched: ignored by the local losses, or unmatched "
+        "like all others (the paper)",
+        choices=("ignored", "unmatched"),
+    )
     projection_dim: int = _option(128, int, "size of the global embeddings", low=2, high=65536)
     descriptor_dim: int = _option(256, int, "size of the keypoint descriptors", low=2)
 

@@ -119,7 +119,7 @@ class Trainer:
         views = batch.rendered(self.patch_size)
         with autocast(self.device.type, self.dtype):
             out = self.forward(views, batch.keypoints)
-        values: dict[str, Tensor] = self.loss(out, batch.matches, batch.positions)
+        values: dict[str, Tensor] = self.loss(out, batch.matches, batch.positions, batch.places)
         counts = torch.stack([(batch.matches >= 0).sum(), batch.keypoints.valid.chunk(2)[0].sum()]).float()
         matched, shown = distributed.sum_over_ranks(counts)
         return {**values, "matched": matched / shown.clamp_min(1)}

@@ -14,9 +14,10 @@ from nnunetv2_kaf.precision import autocast
 from pretraining.config import PretrainConfig
 from pretraining.distributed import gather, sum_over_ranks
 from pretraining.objectives.model import Embeddings
-from pretraining.objectives.pairwise import check_shapes, in_chunks, row_mean, usable_matches
+from pretraining.objectives.pairwise import ambiguous, by_pair, check_shapes, in_chunks, row_mean, usable_matches
 from pretraining.objectives.positives import partition_positives, position_positives, simclr_positives
 from pretraining.objectives.transport import transport_loss
+from pretraining.pairs.batch import Places
 
 T = TypeVar("T")
 
@@ -81,6 +82,7 @@ def local_contrastive(
     valid_second: Tensor,
     matches: Tensor,
     temperature: float = 0.1,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""InfoNCE over keypoint descriptors with the matches as positives, in both directions.
 
@@ -101,6 +103,8 @@ def local_contrastive(
         valid_second: (B, K2) bool.
         matches: (B, K) long, index into the second view or -1.
         temperature: tau > 0.
+        places: Of the keypoints. With them, pairs of keypoints that may show the same thing are left out of the sums
+            (see `ambiguous`); without them, all that are not matched are negatives.
 
     Returns:
         The loss of every pair (B,), zero without a match, and which pairs have a match (B,) bool.
@@ -125,11 +129,17 @@ def local_contrastive(
     _check_temperature(temperature)
     elements = first.shape[1] ** 2 + second.shape[1] ** 2 + first.shape[1] * second.shape[1]
     function = partial(_local_pairs, temperature=temperature)
-    return in_chunks(function, elements, first, second, valid_first, valid_second, matches)
+    return in_chunks(function, elements, first, second, valid_first, valid_second, matches, *by_pair(places))
 
 
 def _local_pairs(
-    first: Tensor, second: Tensor, valid_first: Tensor, valid_second: Tensor, matches: Tensor, *, temperature: float
+    first: Tensor,
+    second: Tensor,
+    valid_first: Tensor,
+    valid_second: Tensor,
+    matches: Tensor,
+    *places: Tensor,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """`local_contrastive` of some pairs."""
     # Padding may hold anything, also NaN or inf: replace it before it can reach a gradient.
@@ -138,21 +148,30 @@ def _local_pairs(
     matched, partners = usable_matches(matches, valid_first, valid_second)
     if first.shape[1] == 0 or second.shape[1] == 0:
         return unit_first.sum((1, 2)) * 0 + unit_second.sum((1, 2)) * 0, matched.any(1)
+    unsure = ambiguous(matched, partners, *places) if places else None
     partners = partners.clamp_max(second.shape[1] - 1)
     across = torch.bmm(unit_first, unit_second.transpose(1, 2)) / temperature
     positive = across.gather(2, partners.unsqueeze(2)).squeeze(2)
-    norm_first = _log_partition(across, unit_first, valid_first, valid_second, temperature)
-    norm_second = _log_partition(across.transpose(1, 2), unit_second, valid_second, valid_first, temperature)
+    if unsure is not None:
+        across = across.masked_fill(unsure.across, _lowest(across))
+    own_first, own_second = (unsure.first, unsure.second) if unsure is not None else (None, None)
+    norm_first = _log_partition(across, unit_first, valid_first, valid_second, own_first, temperature)
+    norm_second = _log_partition(
+        across.transpose(1, 2), unit_second, valid_second, valid_first, own_second, temperature
+    )
     loss = (norm_first + norm_second.gather(1, partners)) / 2 - positive
     return row_mean(loss, matched), matched.any(1)
 
 
-def _log_partition(across: Tensor, unit: Tensor, valid: Tensor, valid_other: Tensor, temperature: float) -> Tensor:
-    """Return log of the InfoNCE denominator of every point of one view, (B, K)."""
+def _log_partition(
+    across: Tensor, unit: Tensor, valid: Tensor, valid_other: Tensor, unsure: Tensor | None, temperature: float
+) -> Tensor:
+    """Log of the InfoNCE denominator of every point of one view, (B, K)."""
     lowest = _lowest(unit)
     within = torch.bmm(unit, unit.transpose(1, 2)) / temperature
-    itself = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
-    within = within.masked_fill(~valid.unsqueeze(1) | itself, lowest)
+    left_out = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
+    left_out = left_out if unsure is None else left_out | unsure
+    within = within.masked_fill(~valid.unsqueeze(1) | left_out, lowest)
     across = across.masked_fill(~valid_other.unsqueeze(1), lowest)
     return torch.logaddexp(torch.logsumexp(across, 2), torch.logsumexp(within, 2))
 
@@ -165,13 +184,16 @@ class PretrainingLoss(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, embeddings: Embeddings, matches: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, embeddings: Embeddings, matches: Tensor, positions: Tensor, places: Places | None = None
+    ) -> dict[str, Tensor]:
         """Compute all active losses, in float32 at least, also under autocast.
 
         Args:
             embeddings: of this rank's views, first sides before second sides; see `Embeddings`.
             matches: (B, K) long, first view -> second view.
             positions: (2B, A) normalised positions.
+            places: Of the keypoints; without them, keypoints that are not matched are negatives, wherever they are.
 
         Returns:
             The scalar of every active component, and "total", their weighted sum.
@@ -189,11 +211,15 @@ class PretrainingLoss(nn.Module):
             if "keypoints" in weights:
                 losses["keypoints"] = self._global(_given(embeddings.keypoints, "keypoints"), positives)
             if "local" in weights:
-                losses["local"] = self._local(embeddings, matches)
+                losses["local"] = self._local(embeddings, matches, self._places(places))
             if "transport" in weights:
-                losses["transport"] = self._transport(embeddings, matches)
+                losses["transport"] = self._transport(embeddings, matches, self._places(places))
             losses["total"] = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return losses
+
+    def _places(self, places: Places | None) -> Places | None:
+        """The places, if keypoints that may show the same thing are to be left out."""
+        return places if self.config.ambiguous == "ignored" else None
 
     def _positives(self, positions: Tensor) -> Tensor:
         """Positive mask of all ranks' views."""
@@ -208,14 +234,14 @@ class PretrainingLoss(nn.Module):
     def _global(self, embeddings: Tensor, positives: Tensor) -> Tensor:
         return supervised_contrastive(_gather_views(_full(embeddings)), positives, self.config.temperature)
 
-    def _local(self, embeddings: Embeddings, matches: Tensor) -> Tensor:
+    def _local(self, embeddings: Embeddings, matches: Tensor, places: Places | None) -> Tensor:
         first, second = _full(_given(embeddings.descriptors, "descriptors")).chunk(2)
         valid_first, valid_second = embeddings.valid.chunk(2)
         return _mean_over_pairs(
-            *local_contrastive(first, second, valid_first, valid_second, matches, self.config.temperature)
+            *local_contrastive(first, second, valid_first, valid_second, matches, self.config.temperature, places)
         )
 
-    def _transport(self, embeddings: Embeddings, matches: Tensor) -> Tensor:
+    def _transport(self, embeddings: Embeddings, matches: Tensor, places: Places | None) -> Tensor:
         first, second = _full(_given(embeddings.matching, "matching")).chunk(2)
         valid_first, valid_second = embeddings.valid.chunk(2)
         per_pair, counted = transport_loss(
@@ -228,6 +254,7 @@ class PretrainingLoss(nn.Module):
             iterations=self.config.sinkhorn_iterations,
             matched_weight=self.config.transport_matched,
             unmatched_weight=self.config.transport_unmatched,
+            places=places,
         )
         return _mean_over_pairs(per_pair, counted)
 

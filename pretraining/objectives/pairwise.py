@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_kaf.errors import KAFError
+from pretraining.pairs.batch import Places
 
 MAX_ELEMENTS = 2**24
 """Elements of the K x K matrices held at a time: 64 MiB in float32, times the few copies that autograd keeps."""
@@ -55,6 +57,57 @@ def usable_matches(matches: Tensor, valid_first: Tensor, valid_second: Tensor) -
     partners = torch.where(matches < 0, nobody, matches)
     matched = valid_first & functional.pad(valid_second, (0, 1)).gather(1, partners)
     return matched, torch.where(matched, partners, nobody)
+
+
+class Ambiguous(NamedTuple):
+    """Keypoints of which nobody knows whether they show the same thing: neither partners nor strangers.
+
+    Attributes:
+        across: (B, K, K2) bool, between the two views; never a match.
+        first: (B, K, K) bool, within the first view; the diagonal is True.
+        second: (B, K2, K2) bool, within the second view.
+        reached: (B, K, K2) bool, close enough for a partner to be looked for.
+    """
+
+    across: Tensor
+    first: Tensor
+    second: Tensor
+    reached: Tensor
+
+
+def by_pair(places: Places | None) -> tuple[Tensor, ...]:
+    """The tensors of places with one entry per pair, as `ambiguous` takes them: (B, ...) each; none without places."""
+    return () if places is None else (*places.mm.chunk(2), places.same, places.reach)
+
+
+def ambiguous(
+    matched: Tensor, partners: Tensor, first: Tensor, second: Tensor, same: Tensor, reach: Tensor
+) -> Ambiguous:
+    """Find the pairs of keypoints that must not count as negatives.
+
+    Between the views these are keypoints at the same place, those at the place of the other one's partner, and, within
+    the distance in which partners were looked for, those of which at least one merely lacks a mutual partner. Within a
+    view these are keypoints at the same place: one structure, detected twice.
+
+    Args:
+        matched: (B, K) bool, from `usable_matches`.
+        partners: (B, K) long, from `usable_matches`.
+        first: (B, K, D) mm, places of the keypoints of the first views.
+        second: (B, K2, D) mm.
+        same: (B,) mm, see `Places`.
+        reach: (B,) mm.
+    """
+    same, reach = same[:, None, None], reach[:, None, None]
+    distance = torch.cdist(first, second)
+    in_first, in_second = torch.cdist(first, first) <= same, torch.cdist(second, second) <= same
+    count = second.shape[1]
+    match = functional.one_hot(partners, count + 1)[..., :count].bool() & matched.unsqueeze(2)
+    both = matched.unsqueeze(2) & match.any(1, keepdim=True)
+    lacking = (distance <= reach) & ~both
+    # What lies at the place of a match, in either view.
+    at_match = (match.float() @ in_second.float() > 0) | (in_first.float() @ match.float() > 0)
+    across = ((distance <= same) | lacking | at_match) & ~match
+    return Ambiguous(across, in_first, in_second, distance <= torch.maximum(same, reach))
 
 
 def row_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.objectives.pairwise import check_shapes, in_chunks, row_mean, usable_matches
+from pretraining.objectives.pairwise import ambiguous, by_pair, check_shapes, in_chunks, row_mean, usable_matches
+from pretraining.pairs.batch import Places
 
 
 def log_sinkhorn(scores: Tensor, dustbin: Tensor, valid_first: Tensor, valid_second: Tensor, iterations: int) -> Tensor:
@@ -124,6 +125,7 @@ def transport_loss(
     iterations: int,
     matched_weight: float,
     unmatched_weight: float,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Negative log-likelihood of the matches, and of the dustbin for points without a match.
 
@@ -147,6 +149,8 @@ def transport_loss(
         iterations: of Sinkhorn's algorithm.
         matched_weight: w_m.
         unmatched_weight: w_u.
+        places: Of the keypoints. With them, an unmatched point counts only if the other view has no keypoint within the
+            distance in which partners were looked for; without them, every unmatched point counts.
 
     Returns:
         The loss of every pair (B,), and which pairs count (B,) bool: those with valid points on both sides. Without
@@ -177,7 +181,7 @@ def transport_loss(
         unmatched_weight=unmatched_weight,
     )
     elements = (first.shape[1] + 1) * (second.shape[1] + 1)
-    return in_chunks(function, elements, first, second, valid_first, valid_second, matches)
+    return in_chunks(function, elements, first, second, valid_first, valid_second, matches, *by_pair(places))
 
 
 def _transport_pairs(
@@ -186,7 +190,7 @@ def _transport_pairs(
     valid_first: Tensor,
     valid_second: Tensor,
     matches: Tensor,
-    *,
+    *places: Tensor,
     dustbin: Tensor,
     iterations: int,
     matched_weight: float,
@@ -202,7 +206,11 @@ def _transport_pairs(
     matched, partners = usable_matches(matches, valid_first, valid_second)
     cost_first = cost[:, :-1].gather(2, partners.unsqueeze(2)).squeeze(2)
     taken = torch.zeros_like(cost[:, -1], dtype=torch.bool).scatter(1, partners, True)[:, :-1]
-    unmatched = torch.cat([valid_first & ~matched, valid_second & ~taken], 1)
+    alone_first, alone_second = valid_first & ~matched, valid_second & ~taken
+    if places:
+        near = ambiguous(matched, partners, *places).reached & valid_first.unsqueeze(2) & valid_second.unsqueeze(1)
+        alone_first, alone_second = alone_first & ~near.any(2), alone_second & ~near.any(1)
+    unmatched = torch.cat([alone_first, alone_second], 1)
     cost_unmatched = torch.cat([cost_first, cost[:, -1, :-1]], 1)
     per_pair = matched_weight * row_mean(cost_first, matched) + unmatched_weight * row_mean(cost_unmatched, unmatched)
     counted = valid_first.any(1) & valid_second.any(1)

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nnunetv2_kaf.keypoints import Keypoints
 from pretraining.pairs.render import Recipe, join, render
+
+
+class Places(NamedTuple):
+    """Where the keypoints of pairs are in the patient, and from what distance on two of them are surely not one thing.
+
+    Attributes:
+        mm: (2B, K, D) float32 from the centre of the image, which is where two images of a patient are aligned; 0 where
+            there is no keypoint.
+        same: (B,) float32 mm; keypoints up to this far apart show the same place.
+        reach: (B,) float32 mm; partners were looked for up to this distance.
+    """
+
+    mm: Tensor
+    same: Tensor
+    reach: Tensor
 
 
 @dataclass(frozen=True)
@@ -21,7 +37,8 @@ class PairSample:
         views: (2, C, *V) float32, or the recipe to render them from.
         keypoints: (2, K, D) float32 coordinates in view voxels, and validity.
         matches: (K,) long: index into the second side's keypoints, or -1.
-        positions: (2, A) float32 normalised positions along the volume.
+        positions: (2, 3) float32 normalised positions of the centres in the volume.
+        places: Of the keypoints: mm (2, K, D), same () and reach ().
     """
 
     cases: tuple[str, str]
@@ -29,6 +46,7 @@ class PairSample:
     keypoints: Keypoints
     matches: Tensor
     positions: Tensor
+    places: Places
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,8 @@ class Batch:
         views: (2B, C, *V), or the recipe to render them from.
         keypoints: (2B, K, D) coordinates in view voxels, and validity.
         matches: (B, K) long.
-        positions: (2B, A).
+        positions: (2B, 3).
+        places: Of the keypoints.
     """
 
     cases: tuple[str, ...]
@@ -48,13 +67,14 @@ class Batch:
     keypoints: Keypoints
     matches: Tensor
     positions: Tensor
+    places: Places
 
     def to(self, device: torch.device) -> Batch:
         """The batch with everything on `device`."""
-        coords, valid, matches, positions = (
-            t.to(device, non_blocking=True) for t in (*self.keypoints, self.matches, self.positions)
+        coords, valid, matches, positions, *places = (
+            t.to(device, non_blocking=True) for t in (*self.keypoints, self.matches, self.positions, *self.places)
         )
-        return Batch(self.cases, self.views.to(device), Keypoints(coords, valid), matches, positions)
+        return Batch(self.cases, self.views.to(device), Keypoints(coords, valid), matches, positions, Places(*places))
 
     def rendered(self, shape: Sequence[int]) -> Tensor:
         """The views (2B, C, *V), computed on the batch's device if that has not been done yet."""
@@ -75,6 +95,11 @@ def collate(samples: Sequence[PairSample]) -> Batch:
         keypoints=Keypoints(*(sides(tensors) for tensors in zip(*(s.keypoints for s in samples), strict=True))),
         matches=torch.stack([sample.matches for sample in samples]),
         positions=sides(sample.positions for sample in samples),
+        places=Places(
+            sides(sample.places.mm for sample in samples),
+            torch.stack([sample.places.same for sample in samples]),
+            torch.stack([sample.places.reach for sample in samples]),
+        ),
     )
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_kaf.coordinates import from_centre
+from nnunetv2_kaf.coordinates import from_centre, to_mm
 from nnunetv2_kaf.keypoints import Keypoints
 from pretraining.config import PretrainConfig
 from pretraining.data.images import PreprocessedImages
-from pretraining.pairs.batch import Batch, PairSample, collate
+from pretraining.pairs.batch import Batch, PairSample, Places, collate
 from pretraining.pairs.correspondences import UNMATCHED, match_by_descriptor, match_by_transform
 from pretraining.pairs.keypoint_cache import KeypointCache, SourceKeypoints
 from pretraining.pairs.pairs import Pair, Side, sample_pair
@@ -73,7 +73,7 @@ class PairLoader:
         ]
         controls = [control_points(p, self.patch_size, self.spacing) for p in parameters]
         points = [self._points(side, control) for side, control in zip(sides, controls, strict=True)]
-        matches = self._match(pair, points[0][0], points[1][0])
+        matches, places = self._match(pair, points[0][0], points[1][0])
         crops, origins = zip(*[self._crop(s, c) for s, c in zip(sides, controls, strict=True)], strict=True)
         recipe = make_recipe(crops, origins, controls, parameters)
         return PairSample(
@@ -82,6 +82,7 @@ class PairLoader:
             keypoints=Keypoints(*map(torch.stack, zip(*(placed for _, placed in points), strict=True))),
             matches=matches,
             positions=torch.tensor([pair.first.position, pair.second.position], dtype=torch.float32),
+            places=places,
         )
 
     def _pair(self, step: int, index: int, generator: np.random.Generator) -> Pair:
@@ -126,25 +127,28 @@ class PairLoader:
         shown = SourceKeypoints(found.coords[chosen], found.descriptors[chosen])
         return shown, Keypoints(coords, valid)
 
-    def _match(self, pair: Pair, first: SourceKeypoints, second: SourceKeypoints) -> Tensor:
-        """Match the points that two views show, (K,) long."""
-        finest = min(self.spacing)
+    def _match(self, pair: Pair, first: SourceKeypoints, second: SourceKeypoints) -> tuple[Tensor, Places]:
+        """Match the points that two views show: (K,) long, and where the points are."""
+        finest, count = min(self.spacing), self.keypoints.config.num_keypoints
         # Relative to the centre: that is how two images of a patient are aligned.
         one, two = (
             from_centre(points.coords, side.shape)
             for points, side in zip((first, second), (pair.first, pair.second), strict=True)
         )
+        same = DEFAULT_RADIUS_VOXELS * finest if self.config.radius_mm is None else self.config.radius_mm
         if pair.known_transform:
-            radius = self.config.radius_mm
-            radius = DEFAULT_RADIUS_VOXELS * finest if radius is None else radius
-            found = match_by_transform(one, two, self.spacing, radius)
+            reach = same
+            found = match_by_transform(one, two, self.spacing, reach)
         else:
-            radius = self.config.search_radius_mm
-            radius = DEFAULT_SEARCH_VOXELS * finest if radius is None else radius
-            found = match_by_descriptor(one, two, first.descriptors, second.descriptors, self.spacing, radius)
-        matches = torch.full((self.keypoints.config.num_keypoints,), UNMATCHED, dtype=torch.long)
+            search = self.config.search_radius_mm
+            reach = DEFAULT_SEARCH_VOXELS * finest if search is None else search
+            found = match_by_descriptor(one, two, first.descriptors, second.descriptors, self.spacing, reach)
+        matches = torch.full((count,), UNMATCHED, dtype=torch.long)
         matches[: len(found)] = torch.from_numpy(found)
-        return matches
+        places = torch.zeros(2, count, len(self.patch_size))
+        for side, points in enumerate((one, two)):
+            places[side, : len(points)] = torch.from_numpy(to_mm(points, self.spacing).astype(np.float32))
+        return matches, Places(places, torch.tensor(float(same)), torch.tensor(float(reach)))
 
     def _crop(self, side: Side, control: np.ndarray) -> tuple[Tensor, tuple[int, ...]]:
         """Read the part of the image that a view shows: (C, *R) and the source voxel at its index 0."""

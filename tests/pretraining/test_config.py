@@ -79,6 +79,7 @@ def test_the_paper_preset_is_the_recipe_as_published() -> None:
         0.1,
     )
     assert (paper.mirror, paper.spatial, paper.scale_min, paper.scale_max) == (0.5, 0.67, 0.7, 1.3)
+    assert (paper.ambiguous, PretrainConfig().ambiguous) == ("unmatched", "ignored")
     assert (paper.transport_matched, paper.transport_unmatched, paper.across) == (0.45, 1.0, 0.0)
 
 

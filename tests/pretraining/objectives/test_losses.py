@@ -13,6 +13,7 @@ from pretraining.objectives.losses import PretrainingLoss, local_contrastive, su
 from pretraining.objectives.model import Embeddings
 from pretraining.objectives.positives import partition_positives, position_positives, simclr_positives
 from pretraining.objectives.transport import transport_loss
+from pretraining.pairs.batch import Places
 
 
 def unit(v: Tensor) -> list[float]:
@@ -219,7 +220,7 @@ def test_components_are_those_of_the_functions_and_weighted(positives: str) -> N
     assert embeddings.matching is not None
     assert embeddings.dustbin is not None
     sides = embeddings.valid.chunk(2)
-    local, counted = local_contrastive(*embeddings.descriptors.chunk(2), *sides, matches)
+    local, counted = local_contrastive(*embeddings.descriptors.chunk(2), *sides, matches, config.temperature)
     transport, several = transport_loss(
         *embeddings.matching.chunk(2),
         *sides,
@@ -231,8 +232,8 @@ def test_components_are_those_of_the_functions_and_weighted(positives: str) -> N
     )
     assert counted.tolist() == [False, True, True]
     expected = {
-        "bottleneck": supervised_contrastive(embeddings.bottleneck, mask),
-        "keypoints": supervised_contrastive(embeddings.keypoints, mask),
+        "bottleneck": supervised_contrastive(embeddings.bottleneck, mask, config.temperature),
+        "keypoints": supervised_contrastive(embeddings.keypoints, mask, config.temperature),
         "local": local[1:].mean(),
         "transport": transport[several].mean(),
     }
@@ -281,3 +282,38 @@ def test_a_batch_without_any_keypoint_has_finite_losses_and_gradients() -> None:
     for leaf in embeddings[:5]:
         assert leaf is not None
         assert torch.isfinite(leaf.grad).all()
+
+
+def test_keypoints_that_may_show_the_same_thing_are_no_negatives() -> None:
+    """Places decide: equal to the loss of the keypoints that remain, without them equal to that of all."""
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randn(1, 3, 4, generator=generator) for _ in range(2))
+    valid, matches = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0, -1, -1]])
+    everybody, _ = local_contrastive(first, second, valid, valid, matches)
+    # The second keypoints lie beside the match, the third ones far from everything.
+    mm = torch.tensor([[[0.0], [1.0], [50.0]], [[0.0], [1.0], [90.0]]])
+    places = Places(mm, torch.tensor([2.0]), torch.tensor([8.0]))
+    found, _ = local_contrastive(first, second, valid, valid, matches, places=places)
+    keep = [0, 2]
+    remaining, _ = local_contrastive(first[:, keep], second[:, keep], valid[:, keep], valid[:, keep], matches[:, keep])
+    assert found == pytest.approx(remaining.item(), abs=1e-6)
+    assert found < everybody
+    apart = Places(mm * torch.tensor([[1.0], [100.0], [1.0]]), torch.tensor([2.0]), torch.tensor([8.0]))
+    far, _ = local_contrastive(first, second, valid, valid, matches, places=apart)
+    assert far > found
+
+
+def test_places_work_in_chunks_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    first, second = (torch.randn(4, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    first.requires_grad_()
+    valid, matches = torch.ones(4, 5, dtype=torch.bool), torch.tensor([[0, 1, -1, -1, -1]] * 4)
+    places = Places(
+        10 * torch.rand(8, 5, 2, generator=generator, dtype=torch.float64), torch.full((4,), 2.0), torch.full((4,), 4.0)
+    )
+    whole = local_contrastive(first, second, valid, valid, matches, places=places)[0]
+    (gradient,) = torch.autograd.grad(whole.sum(), first)
+    monkeypatch.setattr(pairwise, "MAX_ELEMENTS", 1)
+    chunks = local_contrastive(first, second, valid, valid, matches, places=places)[0]
+    assert torch.allclose(chunks, whole)
+    assert torch.allclose(torch.autograd.grad(chunks.sum(), first)[0], gradient)

@@ -88,3 +88,31 @@ def test_shape_errors(wrong: int) -> None:
     case[wrong] = torch.zeros(2, 6, 7) if wrong < 2 else torch.zeros(2, 4)
     with pytest.raises(KAFError, match="matches"):
         pairwise.check_shapes(*case)
+
+
+def test_ambiguous_keypoints_by_hand() -> None:
+    """One line: 0 matches 0 at 0 mm; 1 lies beside it; 2 of each view lack a partner 5 mm apart; 3 is far from all."""
+    first = torch.tensor([[[0.0], [1.5], [20.0], [90.0]]])
+    second = torch.tensor([[[0.0], [-1.0], [25.0], [60.0]]])
+    matches = torch.tensor([[0, -1, -1, -1]])
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    matched, partners = pairwise.usable_matches(matches, valid, valid)
+    found = pairwise.ambiguous(matched, partners, first, second, torch.tensor([2.0]), torch.tensor([8.0]))
+    expected = torch.zeros(4, 4, dtype=torch.bool)
+    expected[0, 1] = True  # beside the partner; (0, 0) is the match itself
+    expected[1, 0] = expected[1, 1] = True  # beside the anchor, and within reach without a partner
+    expected[2, 2] = True  # within reach, lacking a partner
+    assert torch.equal(found.across[0], expected)
+    assert found.first[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [3, 3]]
+    assert found.second[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [3, 3]]
+    assert found.reached[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2]]
+
+
+def test_two_matches_within_reach_are_strangers_unless_at_the_same_place() -> None:
+    first = torch.tensor([[[0.0, 0.0], [0.0, 5.0]]])
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    matched, partners = pairwise.usable_matches(torch.tensor([[0, 1]]), valid, valid)
+    near = pairwise.ambiguous(matched, partners, first, first, torch.tensor([2.0]), torch.tensor([8.0]))
+    assert not near.across.any()
+    closer = pairwise.ambiguous(matched, partners, first / 5, first / 5, torch.tensor([2.0]), torch.tensor([8.0]))
+    assert closer.across[0].tolist() == [[False, True], [True, False]]

@@ -10,6 +10,7 @@ from torch import Tensor
 from nnunetv2_kaf.errors import KAFError
 from pretraining.objectives import pairwise
 from pretraining.objectives.transport import log_sinkhorn, transport_loss
+from pretraining.pairs.batch import Places
 
 DOUBLE = torch.float64
 loss_of = partial(transport_loss, iterations=20, matched_weight=0.45, unmatched_weight=1.0)
@@ -306,3 +307,18 @@ def test_errors() -> None:
         log_sinkhorn(torch.zeros(1, 2, 2), dustbin, ok, ok, 0)
     with pytest.raises(KAFError, match="matches"):
         loss_of(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), ok, ok, torch.zeros(1, 3).long(), dustbin)
+
+
+def test_points_that_merely_lack_a_partner_do_not_belong_to_the_dustbin() -> None:
+    generator = torch.Generator().manual_seed(5)
+    first, second = (torch.randn(1, 3, 4, generator=generator) for _ in range(2))
+    valid, matches = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0, -1, -1]])
+    options = {"dustbin": torch.tensor(0.0), "iterations": 20, "matched_weight": 0.0, "unmatched_weight": 1.0}
+    # The second keypoints are within reach of each other, the third ones of nobody.
+    places = Places(
+        torch.tensor([[[0.0], [20.0], [50.0]], [[0.0], [26.0], [90.0]]]), torch.tensor([2.0]), torch.tensor([8.0])
+    )
+    found, _ = transport_loss(first, second, valid, valid, matches, places=places, **options)
+    scores = torch.bmm(first, second.transpose(1, 2)) / math.sqrt(4)
+    cost = -log_sinkhorn(scores, options["dustbin"], valid, valid, 20)
+    assert found == pytest.approx(((cost[0, 2, -1] + cost[0, -1, 2]) / 2).item(), rel=1e-5)

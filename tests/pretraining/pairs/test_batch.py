@@ -5,7 +5,7 @@ import torch
 
 from nnunetv2_kaf.keypoints import Keypoints
 from pretraining.config import PretrainConfig
-from pretraining.pairs.batch import PairSample, collate
+from pretraining.pairs.batch import PairSample, Places, collate
 from pretraining.pairs.render import make_recipe, render
 from pretraining.pairs.splines import control_points
 from pretraining.pairs.views import draw_view
@@ -23,6 +23,7 @@ def sample(case: str, value: float) -> PairSample:
         ),
         matches=torch.tensor([0, -1, -1]),
         positions=torch.tensor([[value], [value + 1]]),
+        places=Places(torch.stack([torch.full((3, 2), 10 * value)] * 2), torch.tensor(2.0), torch.tensor(8.0 + value)),
     )
 
 
@@ -34,6 +35,8 @@ def test_first_sides_come_before_second_sides() -> None:
     assert batch.keypoints.valid.sum(1).tolist() == [2, 2, 1, 1]
     assert batch.positions[:, 0].tolist() == [1, 2, 2, 3]
     assert batch.matches.tolist() == [[0, -1, -1]] * 2
+    assert batch.places.mm[:, 0, 0].tolist() == [10, 20, 10, 20]
+    assert (batch.places.same.tolist(), batch.places.reach.tolist()) == ([2, 2], [9, 10])
 
 
 def test_rendering_later_gives_the_same_views() -> None:
@@ -46,6 +49,6 @@ def test_rendering_later_gives_the_same_views() -> None:
         recipe = make_recipe([image, image], [(0, 0)] * 2, controls, drawn)
         views.append(render(recipe, (12, 9)))
         base = sample(str(i), i)
-        samples.append(PairSample(base.cases, recipe, base.keypoints, base.matches, base.positions))
+        samples.append(PairSample(base.cases, recipe, base.keypoints, base.matches, base.positions, base.places))
     expected = torch.cat([v[side : side + 1] for side in (0, 1) for v in views])
     assert torch.allclose(collate(samples).to(CPU).rendered((12, 9)), expected, atol=1e-4)
