@@ -153,11 +153,16 @@ def _cell(document: Mapping[str, Any], kind: str, measure: str, reference: str |
     values = by_patient(document, kind, measure)
     if not values:
         return "-"
-    mean = stats.mean(values, np.random.default_rng(0))
+    mean = stats.mean(_values(values).array, np.random.default_rng(0))
     text = f"{mean.value:.3f} ({mean.low:.3f} to {mean.high:.3f})"
     if reference is not None:
         text += f" [{np.mean(list(by_patient(document, kind, reference).values())):.3f}]"
     return text
+
+
+def _values(by_patient: Mapping[str, float]) -> stats.Values:
+    """Values by patient as those of a single draw."""
+    return stats.Values((0,), tuple(by_patient), np.array([list(by_patient.values())]))
 
 
 def verdicts(document: Mapping[str, Any]) -> list[str]:
@@ -175,9 +180,9 @@ def verdicts(document: Mapping[str, Any]) -> list[str]:
 def verdict(document: Mapping[str, Any], ours: str, theirs: str, measure: str, name: str) -> str:
     """Compare two kinds of network in one measure; words of a difference need its interval and the p value."""
     values: Sequence[dict[str, float]] = [by_patient(document, kind, measure) for kind in (ours, theirs)]
-    if not values[0].keys() & values[1].keys():
+    difference = stats.difference(_values(values[0]), _values(values[1]), np.random.default_rng(0))
+    if difference is None:
         return f"{NAMES[ours]} against {NAMES[theirs]}, {name}: not measured on the same patients"
-    difference = stats.difference(values[0], values[1], np.random.default_rng(0))
     mean = difference.mean
     words = "no clear difference"
     if difference.p < 0.05 and not mean.low <= 0 <= mean.high:
