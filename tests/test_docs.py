@@ -139,7 +139,6 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 TABLES = {
     "pretrain_throughput": GUIDE,
-    "pretrain_learning": OPTIONS,
     "step_time": PERFORMANCE,
     "predict_time": PERFORMANCE,
     "scaling": PERFORMANCE,

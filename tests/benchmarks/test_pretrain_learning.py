@@ -119,7 +119,7 @@ def test_results_of_finished_runs_alone(bench: Run, calls: list[list[str]]) -> N
 def test_schedule_depends_on_the_configuration() -> None:
     args = pretrain_learning.parser().parse_args(["--dataset", "1", "--work", "w", "--epochs", "7"])
     flat, deep = (pretrain_learning.command(args, c, "pcl_plain", Path("f"), []) for c in ("2d", "3d_fullres"))
-    for command, iterations in ((flat, 10), (deep, 4)):
+    for command, iterations in ((flat, 100), (deep, 50)):
         options = dict(pairwise(command))
         assert options["--epochs"] == "7"
         assert options["--iterations"] == str(iterations)
