@@ -7,6 +7,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -140,14 +141,21 @@ def _check_torch(name: str) -> None:
 
 
 def _check_unpacked(path: Path, size: int, name: str, fix: str) -> None:
-    """Raise a KAFError for a file that unpacks to far more than it is: torch itself never compresses."""
+    """Raise a KAFError for a file that unpacks to far more than it is (torch never compresses), or has changed."""
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(record.file_size for record in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+            # torch itself compares no checksums: a flipped bit would be another weight
+            changed = archive.testzip() if unpacked <= size + 2**20 else None
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, zlib.error, EOFError, RuntimeError):
         return  # torch says what is wrong with it
+    if changed:
+        raise KAFError(
+            f"{name} is damaged: found the record {changed} with another content than its checksum says, expected the "
+            f"file as it was written. {fix}"
+        )
     if unpacked > size + 2**20:
         raise KAFError(
             f"{name} is compressed: found {unpacked} bytes of content in {size}, expected an uncompressed file as "

@@ -134,6 +134,18 @@ def test_final_checkpoints(
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
+def test_a_flipped_bit_in_the_weights_is_found(
+    final: tuple[Path, Content], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = final
+    weight = torch.load(path, weights_only=True)["network_weights"][FIRST].numpy().tobytes()
+    data = bytearray(path.read_bytes())
+    data[data.index(weight) + 2] ^= 1
+    path.write_bytes(data)
+    assert export_cli.main([str(path), "-o", str(tmp_path / "out.pth")]) == 2
+    one_line(capsys.readouterr().err, str(path), "damaged", "checksum")
+
+
 # --- plans ---
 
 CONFIGURATION = ("configurations", "2d")
