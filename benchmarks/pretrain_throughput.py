@@ -242,7 +242,7 @@ def keypoints_and_matches(loader: PairLoader, pair: Pair, controls: Sequence[np.
         loader._points(side, control)[0]
         for side, control in zip((pair.first, pair.second), controls, strict=True)
     )  # fmt: skip
-    return loader._match(pair, first, second)
+    return loader._match(pair, first, second)[0]
 
 
 def table(document: Mapping[str, Any]) -> str:

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -159,7 +159,7 @@ def write_labelled(root: Path, layouts: Mapping[str, Layout], seed: int) -> Path
 
 
 def _start(cls: type, folder: Path, configuration: str, device: torch.device, seed: int) -> Any:
-    """Return a trainer in its first epoch."""
+    """A trainer in its first epoch."""
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # nnU-Net's loaders draw from it
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
@@ -178,7 +178,7 @@ def _prepared(trainer: Any, _: int) -> Callable[[], object]:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Return the results as a Markdown table."""
+    """The results as a Markdown table."""
     rows = []
     for name, case in document["cases"].items():
         for arm, found in case["arms"].items():

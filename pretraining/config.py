@@ -23,17 +23,17 @@ def _option(
     changeable: bool = False,
     pattern: bool = False,
 ) -> Any:
-    """Dataclass field whose metadata drive validation and ``kaf-pretrain --help``.
+    """Dataclass field whose metadata drive validation and `kaf-pretrain --help`.
 
     Args:
-        default: default value; ``None`` means "derived from the plan" and is then allowed.
-        kind: ``int``, ``float`` or ``str``.
-        text: help text.
-        low: inclusive lower bound.
-        high: inclusive upper bound.
-        choices: allowed strings.
-        changeable: may differ when a run is continued (it does not change the result).
-        pattern: the value is a regular expression with one group.
+        default: Default value; `None` means "derived from the plan" and is then allowed.
+        kind: `int`, `float` or `str`.
+        text: Help text.
+        low: Inclusive lower bound.
+        high: Inclusive upper bound.
+        choices: Allowed strings.
+        changeable: May differ when a run is continued (it does not change the result).
+        pattern: The value is a regular expression with one group.
     """
     metadata = {
         "kind": kind,
@@ -51,7 +51,7 @@ def _option(
 LARGEST_INT = 2**32 - 1
 """Upper bound of whole numbers that have no other: the largest seed that all generators take."""
 COMPONENTS = ("bottleneck", "keypoints", "local", "transport")
-"""Names of the losses; each has an option ``weight_<name>``."""
+"""Names of the losses; each has an option `weight_<name>`."""
 
 _GLOBAL_ONLY = {"weight_keypoints": 0.0, "weight_local": 0.0, "weight_transport": 0.0}
 _PAPER: dict[str, Any] = {
@@ -221,7 +221,7 @@ class PretrainConfig:
         """Validate every field.
 
         Raises:
-            KAFError: naming the option, the value found and what is expected.
+            KAFError: Naming the option, the value found and what is expected.
         """
         for item in fields(self):
             _check(item.name, getattr(self, item.name), item.metadata)
@@ -246,17 +246,17 @@ class PretrainConfig:
 
     @classmethod
     def from_preset(cls, preset: str, overrides: Mapping[str, Any]) -> PretrainConfig:
-        """Return the options of a preset with some of them replaced.
+        """The options of a preset with some of them replaced.
 
         Raises:
-            KAFError: for an unknown preset and invalid values.
+            KAFError: For an unknown preset and invalid values.
         """
         if preset not in PRESETS:
             raise KAFError(f"--preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
         return cls.from_dict({**PRESETS[preset], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as a dict of JSON primitives."""
+        """All fields as a dict of JSON primitives."""
         return asdict(self)
 
     @classmethod
@@ -264,7 +264,7 @@ class PretrainConfig:
         """Inverse of `to_dict`.
 
         Raises:
-            KAFError: for unknown keys and invalid values.
+            KAFError: For unknown keys and invalid values.
         """
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(values) - known)
@@ -273,7 +273,7 @@ class PretrainConfig:
         return cls(**values)
 
     def differences(self, other: PretrainConfig) -> list[str]:
-        """Describe the options that differ from ``other`` and change the result, one ``name: ours != theirs`` each."""
+        """Describe the options that differ from `other` and change the result, one `name: ours != theirs` each."""
         return [
             f"{item.name}: {getattr(self, item.name)} != {getattr(other, item.name)}"
             for item in fields(self)
@@ -282,12 +282,12 @@ class PretrainConfig:
 
 
 def flag(name: str) -> str:
-    """Return the command-line flag of an option: ``batch_size`` -> ``--batch-size``."""
+    """The command-line flag of an option: `batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
 
 
 def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    """Raise a KAFError if ``value`` does not satisfy the field's metadata."""
+    """Raise a KAFError if `value` does not satisfy the field's metadata."""
     if value is None and metadata["optional"]:
         return
     kind: type = metadata["kind"]
@@ -309,7 +309,7 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def _check_pattern(name: str, value: str) -> None:
-    """Raise a KAFError if ``value`` is not a regular expression with a group."""
+    """Raise a KAFError if `value` is not a regular expression with a group."""
     try:
         groups = re.compile(value).groups
     except re.error as error:

@@ -77,15 +77,15 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
     A subclass may set, as class attributes or in its `__init__`:
 
     Attributes:
-        confidence_threshold: smallest probability of the teacher's label of a voxel that the network learns.
-        teacher_decay: share of the teacher's old weights that stays in each step; the first steps average less.
-        unlabelled_weight: weight of the unlabelled loss after the ramp-up; the labelled loss has 1.
-        unlabelled_ramp: share of the training's steps over which the weight grows from 0.7 % to 100 % of that.
-        unlabelled_share: unlabelled patches per labelled patch.
-        cutmix_probability: of a CutMix box in a patch.
-        strong_augmentation: a `StrongAugmentation`: all probabilities and ranges of the strong view.
+        confidence_threshold: Smallest probability of the teacher's label of a voxel that the network learns.
+        teacher_decay: Share of the teacher's old weights that stays in each step; the first steps average less.
+        unlabelled_weight: Weight of the unlabelled loss after the ramp-up; the labelled loss has 1.
+        unlabelled_ramp: Share of the training's steps over which the weight grows from 0.7 % to 100 % of that.
+        unlabelled_share: Unlabelled patches per labelled patch.
+        cutmix_probability: Probability of a CutMix box in a patch.
+        strong_augmentation: A `StrongAugmentation`: all probabilities and ranges of the strong view.
         predict_with: "student" or "teacher", whose weights the final checkpoint and the validation use.
-        guard_every: steps between measurements of the agreement of teacher and network.
+        guard_every: Steps between measurements of the agreement of teacher and network.
     """
 
     confidence_threshold: float = 0.95
@@ -111,7 +111,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """See nnU-Net.
 
         Raises:
-            KAFError: the configuration is the second stage of a cascade.
+            KAFError: The configuration is the second stage of a cascade.
         """
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.schedule_epochs is not None:
@@ -135,7 +135,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """Check what a subclass may set.
 
         Raises:
-            KAFError: a value is out of range; the message names it.
+            KAFError: A value is out of range; the message names it.
         """
         for name, valid, expected in (
             ("confidence_threshold", 0 <= self.confidence_threshold <= 1, "a probability"),
@@ -204,7 +204,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         """Find the unlabelled images first, then see nnU-Net; make the teacher from the first weights.
 
         Raises:
-            KAFError: there is no unlabelled image, or one cannot be used.
+            KAFError: There is no unlabelled image, or one cannot be used.
         """
         self._check_options()
         restored, self._restored = self._restored, None
@@ -442,7 +442,7 @@ class UnlabelledFirst(nn.Module):
         self.output: Tensor | None = None
 
     def forward(self, image: Tensor) -> Any:
-        """Return the network's output; the finest one stays in `output`."""
+        """The network's output; the finest one stays in `output`."""
         self.learn(self.network)
         output = self.network(image)
         self.output = (output[0] if isinstance(output, (list, tuple)) else output).detach()

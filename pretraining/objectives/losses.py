@@ -42,7 +42,7 @@ def supervised_contrastive(embeddings: Tensor, positives: Tensor, temperature: f
         Scalar. Zero, with a graph, if no anchor has a positive.
 
     Raises:
-        KAFError: if the shapes disagree or the temperature is not positive.
+        KAFError: If the shapes disagree or the temperature is not positive.
 
     Examples:
         The two views of two images, that of each image equal to its other one and orthogonal to the rest:
@@ -110,7 +110,7 @@ def local_contrastive(
         The loss of every pair (B,), zero without a match, and which pairs have a match (B,) bool.
 
     Raises:
-        KAFError: if the shapes disagree or the temperature is not positive.
+        KAFError: If the shapes disagree or the temperature is not positive.
 
     Examples:
         One pair of views with three keypoints each, of which the first two correspond crosswise:
@@ -190,7 +190,7 @@ class PretrainingLoss(nn.Module):
         """Compute all active losses, in float32 at least, also under autocast.
 
         Args:
-            embeddings: of this rank's views, first sides before second sides; see `Embeddings`.
+            embeddings: Embeddings of this rank's views, first sides before second sides.
             matches: (B, K) long, first view -> second view.
             positions: (2B, A) normalised positions.
             places: Of the keypoints; without them, keypoints that are not matched are negatives, wherever they are.
@@ -199,7 +199,7 @@ class PretrainingLoss(nn.Module):
             The scalar of every active component, and "total", their weighted sum.
 
         Raises:
-            KAFError: if the embedding of an active component is missing.
+            KAFError: If the embedding of an active component is missing.
         """
         weights = self.config.components
         with autocast(positions.device.type):
@@ -272,12 +272,12 @@ def _mean_over_pairs(per_pair: Tensor, counted: Tensor) -> Tensor:
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32, or float64 if it is that."""
+    """The tensor in float32, or float64 if it is that."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _given(value: T | None, name: str) -> T:
-    """Return the embedding that an active loss needs."""
+    """The embedding that an active loss needs."""
     if value is None:
         raise KAFError(
             f"The model gives no {name}, which a loss with a weight above 0 needs; build both for one config."
@@ -286,7 +286,7 @@ def _given(value: T | None, name: str) -> T:
 
 
 def _lowest(tensor: Tensor) -> float:
-    """Return a logit that exp turns into zero; finite, so that rows without any candidate give no NaN."""
+    """A logit that exp turns into zero; finite, so that rows without any candidate give no NaN."""
     return torch.finfo(tensor.dtype).min / 4
 
 

@@ -25,9 +25,9 @@ def in_chunks(function: Callable[..., tuple[Tensor, Tensor]], elements: int, *te
     exceeds the limit.
 
     Args:
-        function: maps the tensors of some pairs to (per pair (b,), counted (b,)); the pairs must not interact.
-        elements: size of the matrices of one pair.
-        tensors: of all pairs, (B, ...) each.
+        function: Maps the tensors of some pairs to (per pair (b,), counted (b,)); the pairs must not interact.
+        elements: Size of the matrices of one pair.
+        tensors: (B, ...) each, of all pairs.
 
     Returns:
         The results of all pairs, (B,) each.
@@ -51,7 +51,7 @@ def usable_matches(matches: Tensor, valid_first: Tensor, valid_second: Tensor) -
         valid_second: (B, K2) bool.
 
     Returns:
-        matched (B, K) bool, and the partners (B, K) long, which are K2 for points without a match.
+        Matched (B, K) bool, and the partners (B, K) long, which are K2 for points without a match.
     """
     nobody = valid_second.shape[1]
     partners = torch.where(matches < 0, nobody, matches)

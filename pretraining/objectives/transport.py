@@ -33,17 +33,17 @@ def log_sinkhorn(scores: Tensor, dustbin: Tensor, valid_first: Tensor, valid_sec
 
     Args:
         scores: (B, Ka, Kb) float; entries of padding are ignored, whatever they hold.
-        dustbin: scalar, score of matching a point with nothing.
+        dustbin: Scalar, score of matching a point with nothing.
         valid_first: (B, Ka) bool.
         valid_second: (B, Kb) bool.
-        iterations: updates of both potentials, at least 1.
+        iterations: Updates of both potentials, at least 1.
 
     Returns:
         (B, Ka + 1, Kb + 1) log P in at least float32; -inf, without gradient, wherever the mass is zero: in rows and
         columns of padding, and in the dustbin of a side whose other side has no valid point.
 
     Raises:
-        KAFError: if the shapes disagree or there is no iteration.
+        KAFError: If the shapes disagree or there is no iteration.
     """
     if scores.shape != (*valid_first.shape, valid_second.shape[-1]) or valid_first.shape[0] != valid_second.shape[0]:
         raise KAFError(
@@ -107,7 +107,7 @@ class _Sinkhorn(torch.autograd.Function):
 
 
 def _potential(log_mass: Tensor, logits: Tensor, dim: int) -> Tensor:
-    """Return log mass - logsumexp(logits) along an axis, -inf where the mass is zero; overwrites the logits."""
+    """Log mass - logsumexp(logits) along an axis, -inf where the mass is zero; overwrites the logits."""
     # Finite also where all logits are -inf.
     largest = logits.amax(dim, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
     log_sum = logits.sub_(largest).exp_().sum(dim).log_().add_(largest.squeeze(dim))
@@ -145,8 +145,8 @@ def transport_loss(
         valid_first: (B, K) bool; other entries are padding and never take part.
         valid_second: (B, K2) bool.
         matches: (B, K) long, index into the second view or -1.
-        dustbin: scalar, learnable.
-        iterations: of Sinkhorn's algorithm.
+        dustbin: Scalar, learnable.
+        iterations: Iterations of Sinkhorn's algorithm.
         matched_weight: w_m.
         unmatched_weight: w_u.
         places: Of the keypoints. With them, an unmatched point counts only if the other view has no keypoint within the
@@ -157,7 +157,7 @@ def transport_loss(
         them there is nothing to match; their loss is zero.
 
     Raises:
-        KAFError: if the shapes disagree.
+        KAFError: If the shapes disagree.
 
     Examples:
         Two keypoints a view; the first ones correspond, the others have no partner:

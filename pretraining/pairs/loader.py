@@ -35,18 +35,18 @@ class PairLoader:
     """Makes the batches of any step, independently of all other steps, so that a run can resume anywhere.
 
     Attributes:
-        images: where the images come from.
-        keypoints: their cached keypoints.
-        patients: cases of every patient, all of which may be drawn.
-        patch_size: view shape.
-        spacing: voxel size in mm.
-        batch_size: pairs per batch, over all processes.
-        config: ranges and seed.
-        num_workers: threads; 0 makes each batch when it is asked for.
-        rank: this process.
-        world_size: processes; each makes an equal share of every batch.
-        stream: which of several independent sequences of pairs.
-        render_later: leave the rendering to the device that the batch goes to.
+        images: The images of all sources.
+        keypoints: Their cached keypoints.
+        patients: Cases of every patient, all of which may be drawn.
+        patch_size: View shape.
+        spacing: Voxel size in mm.
+        batch_size: Pairs per batch, over all processes.
+        config: Ranges and seed.
+        num_workers: Threads; 0 makes each batch when it is asked for.
+        rank: This process.
+        world_size: Processes; each makes an equal share of every batch.
+        stream: Which of several independent sequences of pairs.
+        render_later: Leave the rendering to the device that the batch goes to.
     """
 
     images: PreprocessedImages
@@ -63,7 +63,7 @@ class PairLoader:
     render_later: bool = False
 
     def sample(self, step: int, index: int) -> PairSample:
-        """Make pair ``index`` of step ``step``."""
+        """Make pair `index` of step `step`."""
         generator = np.random.default_rng([self.config.seed, self.stream, step, index])
         pair = self._pair(step, index, generator)
         sides = (pair.first, pair.second)
@@ -101,7 +101,7 @@ class PairLoader:
         )
 
     def _case(self, step: int, index: int) -> tuple[str, tuple[str, ...]]:
-        """Return the case of a pair and the patient's other ones.
+        """The case of a pair and the patient's other ones.
 
         A fresh permutation of all cases per pass, so a batch repeats none needlessly.
         """
@@ -168,7 +168,7 @@ class PairLoader:
         return range(self.rank * size, (self.rank + 1) * size)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of steps ``start`` to ``stop - 1`` in order; threads work ahead of the consumer."""
+        """Yield the batches of steps `start` to `stop - 1` in order; threads work ahead of the consumer."""
         if self.num_workers == 0:
             yield from (self.batch(step) for step in range(start, stop))
             return
@@ -187,5 +187,5 @@ class PairLoader:
 
 @lru_cache(maxsize=8)
 def _permutation(seed: tuple[int, ...], count: int) -> np.ndarray:
-    """Return a permutation of ``count`` cases that depends on the seed alone."""
+    """A permutation of `count` cases that depends on the seed alone."""
     return np.random.default_rng(seed).permutation(count)
