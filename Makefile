@@ -23,7 +23,7 @@ demo: $(VENV)/.installed ## Plan, pretrain, train, predict, evaluate and report,
 	@$(BIN)/python examples/demo.py --data "$(DATA)" --configuration $(CONFIG) --device $(DEVICE) --output "$(OUTPUT)"
 
 test: lint ## Lint, type check and run all tests
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 fuzz: $(VENV)/.installed-test ## Random wrong files for every reader, for MINUTES=10, and docs/reliability.md
 	PYTHONPATH=benchmarks $(BIN)/python -m reliability.fuzz --minutes $(MINUTES)
