@@ -10,6 +10,7 @@ from low_label import evidence, report, targets
 from low_label.layout import RESULTS
 
 from nnunetv2_kaf.errors import KAFError
+from pretraining.config import PretrainConfig
 
 PATIENTS = ["p1", "p2", "p3", "p4", "p5"]
 
@@ -260,3 +261,19 @@ def test_curves_are_held_against_collapse(tmp_path: Path) -> None:
     assert "bottleneck 1.25 of 2.71<br>local 2.00" in row
     assert "| -2.50 to -1.50 | 1.20 to 0.40 | 0.10 to 0.50 |" in row
     assert evidence.curves(tmp_path / "nothing") == ""
+
+
+def test_no_other_objectives_are_clearly_better_than_the_default_ones() -> None:
+    """The weights of `kaf_all` are those of the defaults; a trial that clearly wins on two tasks would replace them."""
+    folder = RESULTS / "acdc_objectives" / "acdc_2d"
+    study = evidence.told(folder.parent.name)
+    found = report.load(folder, "validation", study.arms, study.baseline)
+    assert found is not None
+    weights = {name: getattr(PretrainConfig(), name) for name in ("weight_local", "weight_transport")}
+    own = {run["arm"]: run["definition"]["pretraining"] for run in found.runs}
+    assert {name: own["kaf_all"][name] for name in weights} == weights
+    paper = PretrainConfig.from_preset("paper", {})
+    assert {name: own["kaf_paper_weights"][name] for name in weights} == {n: getattr(paper, n) for n in weights}
+    cells = [cell for cell in found.cells() if cell.arm != study.baseline]
+    assert cells
+    assert not [cell.arm for cell in cells if cell.differences["dice"].mean.low > 0]
