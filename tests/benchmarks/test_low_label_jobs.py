@@ -100,6 +100,15 @@ def test_an_arm_may_take_part_with_some_numbers_of_patients_only(layout: Layout,
     assert grid.finished(fewer, "validation") == (0, 6)
 
 
+HISTORY = [{"epoch": 0.0, "uniformity": -2.0}, {"epoch": 1.0, "uniformity": -1.5}]
+
+
+@pytest.fixture(autouse=True)
+def pretrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoints that the fake workers write are empty: what a pretraining has learned is given here."""
+    monkeypatch.setattr(grid, "read_checkpoint", lambda path: {"pretraining": {"history": HISTORY}})
+
+
 def fake_launch(fail: Sequence[str] = (), when: str = "then") -> tuple[Callable[..., int], list[str]]:
     started: list[str] = []
 
@@ -151,6 +160,10 @@ def test_a_run_says_what_it_was_and_what_it_cost(layout: Layout, split: splits.S
     assert run["cost"]["pretraining_iterations"] == 20
     assert run["cost"]["pretraining_seconds"] is not None
     assert run["cases"] == {"p00": {"1": {"dice": 0.5, "hd95": 1.0}}}
+    curves = [read_json(file) for file in sorted((layout.results / "pretraining").glob("*.json"))]
+    assert len(curves) == 4, "one for each pretraining, whoever shares it"
+    assert all(one["history"] == HISTORY for one in curves)
+    assert {one["network"] for one in curves} == {"plain", "kaf"}
     slower = replace(arm(layout, "kaf_slow"), training={})
     changed = replace(layout, study=replace(layout.study, arms=(slower,)))
     with pytest.raises(KAFError, match="other options"):

@@ -280,7 +280,7 @@ def test_keypoints_are_detected_once_and_again_for_a_changed_image(
         path.unlink()
         blosc2.asarray(make_texture((1, 10, 28, 20), 99), urlpath=str(path))
         (folder,) = cache.iterdir()
-        old, young = (folder / f".case_000.{name}.npy.1.1.tmp" for name in ("old", "young"))
+        old, young = (folder / f".case_000.{name}.npy.1-1.tmp" for name in ("old", "young"))
         for leftover in (old, young):
             leftover.write_bytes(b"half")
         os.utime(old, (time.time() - 7200,) * 2)

@@ -331,9 +331,9 @@ def test_continue_with_other_options_names_them(
 ) -> None:
     assert cli.main(command()) == 0
     before = (folder_of(tiny) / FINAL).read_bytes()
-    assert cli.main(command("--continue", "--epochs", "5", "--temperature", "0.2", "--batch-size", "4")) == 2
+    assert cli.main(command("--continue", "--epochs", "5", "--temperature", "0.3", "--batch-size", "4")) == 2
     message = capsys.readouterr().err
-    for difference in ("epochs: 2 != 5", "temperature: 0.1 != 0.2", "batch_size: 3 != 4"):
+    for difference in ("epochs: 2 != 5", "temperature: 0.2 != 0.3", "batch_size: 3 != 4"):
         assert difference in message
     assert (folder_of(tiny) / FINAL).read_bytes() == before
     tiny.add("case_006", np.random.default_rng(0).standard_normal((1, 9, 28, 20)).astype(np.float32))
