@@ -66,13 +66,11 @@ class Ambiguous(NamedTuple):
         across: (B, K, K2) bool, between the two views; never a match.
         first: (B, K, K) bool, within the first view; the diagonal is True.
         second: (B, K2, K2) bool, within the second view.
-        reached: (B, K, K2) bool, close enough for a partner to be looked for.
     """
 
     across: Tensor
     first: Tensor
     second: Tensor
-    reached: Tensor
 
 
 def by_pair(places: Places | None) -> tuple[Tensor, ...]:
@@ -97,17 +95,22 @@ def ambiguous(
         same: (B,) mm, see `Places`.
         reach: (B,) mm.
     """
-    same, reach = same[:, None, None], reach[:, None, None]
-    distance = torch.cdist(first, second)
-    in_first, in_second = torch.cdist(first, first) <= same, torch.cdist(second, second) <= same
     count = second.shape[1]
+    in_first, in_second = within(first, first, same), within(second, second, same)
     match = functional.one_hot(partners, count + 1)[..., :count].bool() & matched.unsqueeze(2)
-    both = matched.unsqueeze(2) & match.any(1, keepdim=True)
-    lacking = (distance <= reach) & ~both
+    taken = match.any(1)
+    lacking = within(first, second, reach) & ~(matched.unsqueeze(2) & taken.unsqueeze(1))
     # What lies at the place of a match, in either view.
-    at_match = (match.float() @ in_second.float() > 0) | (in_first.float() @ match.float() > 0)
-    across = ((distance <= same) | lacking | at_match) & ~match
-    return Ambiguous(across, in_first, in_second, distance <= torch.maximum(same, reach))
+    beside_partner = in_second.gather(1, partners.clamp_max(max(0, count - 1)).unsqueeze(2).expand(-1, -1, count))
+    anchors = match.int().argmax(1)
+    beside_anchor = in_first.gather(2, anchors.unsqueeze(1).expand(-1, first.shape[1], -1))
+    at_match = (beside_partner & matched.unsqueeze(2)) | (beside_anchor & taken.unsqueeze(1))
+    return Ambiguous((within(first, second, same) | lacking | at_match) & ~match, in_first, in_second)
+
+
+def within(first: Tensor, second: Tensor, limit: Tensor) -> Tensor:
+    """Which places are at most so far apart: (B, K, D) mm, (B, K2, D) mm, (B,) mm -> (B, K, K2) bool."""
+    return torch.cdist(first, second) <= limit[:, None, None]
 
 
 def row_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nnunetv2_kaf.errors import KAFError
-from pretraining.objectives.pairwise import ambiguous, by_pair, check_shapes, in_chunks, row_mean, usable_matches
+from pretraining.objectives.pairwise import by_pair, check_shapes, in_chunks, row_mean, usable_matches, within
 from pretraining.pairs.batch import Places
 
 
@@ -208,7 +208,9 @@ def _transport_pairs(
     taken = torch.zeros_like(cost[:, -1], dtype=torch.bool).scatter(1, partners, True)[:, :-1]
     alone_first, alone_second = valid_first & ~matched, valid_second & ~taken
     if places:
-        near = ambiguous(matched, partners, *places).reached & valid_first.unsqueeze(2) & valid_second.unsqueeze(1)
+        mm_first, mm_second, same, reach = places
+        near = within(mm_first, mm_second, torch.maximum(same, reach))
+        near = near & valid_first.unsqueeze(2) & valid_second.unsqueeze(1)
         alone_first, alone_second = alone_first & ~near.any(2), alone_second & ~near.any(1)
     unmatched = torch.cat([alone_first, alone_second], 1)
     cost_unmatched = torch.cat([cost_first, cost[:, -1, :-1]], 1)

@@ -105,7 +105,8 @@ def test_ambiguous_keypoints_by_hand() -> None:
     assert torch.equal(found.across[0], expected)
     assert found.first[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [3, 3]]
     assert found.second[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [3, 3]]
-    assert found.reached[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2]]
+    near = pairwise.within(first, second, torch.tensor([8.0]))
+    assert near[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2]]
 
 
 def test_two_matches_within_reach_are_strangers_unless_at_the_same_place() -> None:
