@@ -25,7 +25,6 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -359,7 +358,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
     def _label(self, image: Tensor) -> PseudoLabels:
         """The teacher's labels of a batch (B, C, *S)."""
         assert self._teacher is not None
-        with torch.autocast("cuda") if self.device.type == "cuda" else dummy_context():
+        with autocast(self.device.type, torch.float16 if self.device.type == "cuda" else None):  # as nnU-Net's own
             logits = self._teacher(image)
         return pseudo_labels(logits, self.confidence_threshold, self._regions)
 
