@@ -39,6 +39,7 @@ from pretraining.data.images import MEMORY
 from semisupervised.guard import EpochSums, Guard
 from semisupervised.losses import PseudoLabels, UnlabelledLoss, pseudo_labels
 from semisupervised.plot import plot_history
+from semisupervised.quick_norm import quicken_norms
 from semisupervised.sampling import (
     TRAINING,
     VALIDATION,
@@ -155,6 +156,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
     def initialize(self) -> None:
         """See nnU-Net; draws the seed of the training, the same in all processes."""
         super().initialize()
+        if self.device.type == "cpu":
+            quicken_norms(unwrapped(self.network))
         seed = [int(np.random.randint(2**31))]  # noqa: NPY002  # follows the user's own seed, if there is one
         if self.is_ddp:
             dist.broadcast_object_list(seed)
