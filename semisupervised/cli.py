@@ -80,7 +80,7 @@ def _run(parsed: argparse.Namespace) -> str:
     dataset, *others = parsed.dataset
     if not parsed.images and not others:
         raise KAFError("there is nothing to prepare: give folders with --images, or further datasets with --dataset.")
-    from semisupervised.unlabelled import prepare, write_list
+    from semisupervised.unlabelled_list import prepare, write_list
 
     text = []
     for task in _tasks(dataset, parsed.plans, parsed.configuration):

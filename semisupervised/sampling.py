@@ -1,23 +1,20 @@
-"""Batches of unlabelled patches, and labelled ones in the same order in every run, made in the background or not."""
+"""The unlabelled batch of every step: patches of unlabelled images in the weak view."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pretraining.data.images import MEMORY, PreprocessedImages
-from semisupervised.seeding import isolated, seed_everything
-from semisupervised.strong import StrongAugmentation, draw_box
-
-UNLABELLED, TRAINING, VALIDATION = range(3)
-"""Streams of random numbers."""
+from semisupervised.cut_mix import draw_box
+from semisupervised.seeding import UNLABELLED, isolated
+from semisupervised.strong import StrongAugmentation
 
 
 @dataclass(frozen=True)
@@ -153,73 +150,3 @@ class UnlabelledPatches(Dataset[dict[str, Any]]):
             target.append(slice(low - first, high - first))
         out[(slice(None), *target)] = self._reader.read(case, source)
         return torch.from_numpy(out[:, 0] if flat else out)
-
-
-class LabelledBatches(Dataset[Any]):
-    """nnU-Net's batches, each of them drawn from the seed and its step alone.
-
-    Args:
-        loader: nnU-Net's `nnUNetDataLoader`, with its transforms.
-        words: Seed, stream and process.
-    """
-
-    def __init__(self, loader: Any, words: Sequence[int]) -> None:
-        self.loader, self.words = loader, tuple(words)
-
-    def __getitem__(self, step: int) -> Any:
-        """The batch of a step; in a process of its own, whose generators nothing else uses."""
-        seed_everything((*self.words, step))
-        batch = self.loader.generate_train_batch()
-        batch["keys"] = [str(key) for key in batch["keys"]]
-        return batch
-
-
-class _From:
-    """Whole numbers from a first one on."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.first)
-
-
-class Stream:
-    """Batches of a data set from a step on, in their order.
-
-    Args:
-        batches: Data set; item i is the batch of step i.
-        first: Step to start with.
-        workers: Processes that make batches ahead; 0 makes them when they are asked for.
-        pin_memory: Whether to pin memory, for a GPU.
-    """
-
-    def __init__(self, batches: Dataset[Any], first: int, workers: int, pin_memory: bool) -> None:
-        self.batches, self.workers = batches, workers
-        self._numbers = itertools.count(first)
-        self._iterator: Iterator[Any] | None = None
-        if workers > 0:
-            ahead = max(2, -(-6 // workers))
-            loader: DataLoader[Any] = DataLoader(
-                batches,
-                batch_size=None,
-                sampler=_From(first),
-                num_workers=workers,
-                pin_memory=pin_memory,
-                prefetch_factor=ahead,
-            )
-            self._iterator = iter(loader)
-
-    def __iter__(self) -> Stream:
-        """Itself."""
-        return self
-
-    def __next__(self) -> Any:
-        """The next batch; there is always one."""
-        if self._iterator is not None:
-            return next(self._iterator)
-        return self.batches[next(self._numbers)]
-
-    def close(self) -> None:
-        """End the processes."""
-        self._iterator = None

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+UNLABELLED, TRAINING, VALIDATION = range(3)
+"""Streams of random numbers."""
+
 
 def seed_everything(words: Sequence[int]) -> None:
     """Seed the global generators of Python, NumPy and torch, which nnU-Net's loaders and transforms draw from.

@@ -6,19 +6,30 @@ voxel: the teacher's labels of the weak view hold for the strong one.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nnunetv2_kaf.errors import KAFError
+
 BRIGHTNESS, CONTRAST, GAMMA, INVERT, BLUR, ZOOM, NOISE = range(7)
 """Columns of the parameters."""
 NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
 """Parameters that change nothing."""
 BLUR_RADIUS = 4
+_LIMITS = {
+    "brightness": (0.0, 100.0),
+    "contrast": (0.0, 100.0),
+    "gamma": (0.01, 100.0),
+    "blur": (0.1, BLUR_RADIUS / 2),
+    "low_resolution": (0.05, 1.0),
+    "noise": (0.0, 100.0),
+}
+"""Lowest and highest value of each range; beyond its highest a blur would be cut off."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,9 @@ class StrongAugmentation:
         low_resolution: Range of the factor [0.5 to 1].
         p_noise: Probability per channel of Gaussian noise [0.1].
         noise: Range of its variance, in units of the normalised image [0 to 0.1].
+
+    Raises:
+        KAFError: A probability is not from 0 to 1, or a range is empty or goes beyond what can be computed.
     """
 
     p_brightness: float = 0.5
@@ -54,6 +68,20 @@ class StrongAugmentation:
     low_resolution: tuple[float, float] = (0.5, 1.0)
     p_noise: float = 0.3
     noise: tuple[float, float] = (0.0, 0.15)
+
+    def __post_init__(self) -> None:
+        """Check all values."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name.startswith("p_"):
+                valid, expected = _is_number(value) and 0 <= value <= 1, "a probability, from 0 to 1"
+            else:
+                lowest, highest = _LIMITS[option.name]
+                pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(v) for v in value)
+                valid = pair and lowest <= value[0] <= value[1] <= highest
+                expected = f"two numbers from {lowest:g} to {highest:g}, the smaller one first"
+            if not valid:
+                raise KAFError(f"StrongAugmentation.{option.name}: found {value!r}, expected {expected}. Correct it.")
 
     def draw(self, generator: np.random.Generator, channels: int) -> Tensor:
         """Draw the parameters of one patch.
@@ -84,6 +112,10 @@ class StrongAugmentation:
             active = chance[:, column] < getattr(self, f"p_{name}")
             out[active, column] = drawn[active]
         return torch.from_numpy(out.astype(np.float32))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def strong_view(image: Tensor, parameters: Tensor, seeds: Tensor, flat_axis: bool = False) -> Tensor:
@@ -175,56 +207,3 @@ def _add_noise(image: Tensor, deviation: Tensor, seeds: Tensor) -> None:
         noise = torch.randn(image.shape[1:], generator=generator, device=device).to(image.device)
         scale = deviation[i].to(image.device, non_blocking=True)
         image[i] += noise * scale[(..., *(None,) * (image.ndim - 2))]
-
-
-def draw_box(
-    generator: np.random.Generator, shape: tuple[int, ...], probability: float, share: tuple[float, float] = (0.1, 0.5)
-) -> Tensor:
-    """Draw the box of a patch that CutMix replaces (Yun et al., ICCV 2019).
-
-    Args:
-        generator: Source of all draws.
-        shape: Shape of the patch.
-        probability: Probability of a box at all; otherwise it is empty.
-        share: Range of its share of the patch's voxels. The edges have all about the same share of the patch's.
-
-    Returns:
-        (D, 2) int64, first voxel and the one after the last.
-    """
-    use, amount, *places = generator.random(2 + len(shape))
-    if use >= probability:
-        return torch.zeros(len(shape), 2, dtype=torch.int64)
-    edge = (share[0] + amount * (share[1] - share[0])) ** (1 / len(shape))
-    box = []
-    for n, place in zip(shape, places, strict=True):
-        length = max(1, min(n, math.ceil(n * edge)))
-        start = int(place * (n - length + 1))
-        box.append([start, start + length])
-    return torch.tensor(box)
-
-
-def box_mask(boxes: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """(B, 1, *shape) bool, true inside the boxes (B, D, 2)."""
-    boxes = boxes.to(device, non_blocking=True)
-    inside: Tensor | None = None
-    for axis, n in enumerate(shape):
-        place = torch.arange(n, device=device)
-        along = (place >= boxes[:, axis, :1]) & (place < boxes[:, axis, 1:])
-        view = along.view(len(boxes), 1, *[n if i == axis else 1 for i in range(len(shape))])
-        inside = view if inside is None else inside & view
-    assert inside is not None
-    return inside
-
-
-def cut_mix(inside: Tensor, partners: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Replace the boxes of the first patches of a batch by the same place of their partners.
-
-    Args:
-        inside: (N, 1, *S) bool, of the first N patches.
-        partners: (N,) index of the patch that the box comes from.
-        tensors: (B, C, *S) each; image, labels and confidence move together.
-
-    Returns:
-        (N, C, *S) each.
-    """
-    return tuple(torch.where(inside, tensor[partners], tensor[: len(inside)]) for tensor in tensors)

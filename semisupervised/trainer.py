@@ -7,61 +7,35 @@ both.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
-from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.files import replacing
-from nnunetv2_kaf.plans import is_kaf
 from nnunetv2_kaf.precision import autocast
 from nnunetv2_kaf.schedule import schedule_variant
-from nnunetv2_kaf.trainer import nnUNetTrainerKAF, split_or_say_why, unwrapped
-from pretraining.data.images import MEMORY
+from nnunetv2_kaf.trainer import nnUNetTrainerKAF, unwrapped
 from semisupervised.guard import EpochSums, Guard
+from semisupervised.history import log_lines, write_history
 from semisupervised.losses import PseudoLabels, UnlabelledLoss, pseudo_labels
-from semisupervised.plot import plot_history
+from semisupervised.options import check_options
 from semisupervised.quick_norm import quicken_norms
-from semisupervised.sampling import (
-    TRAINING,
-    VALIDATION,
-    Geometry,
-    LabelledBatches,
-    Stream,
-    UnlabelledPatches,
-    share_of,
-)
-from semisupervised.seeding import seed_everything
-from semisupervised.strong import StrongAugmentation, box_mask, cut_mix, strong_view
+from semisupervised.step import UnlabelledFirst, strong_batch
+from semisupervised.strong import StrongAugmentation
 from semisupervised.teacher import Teacher
-from semisupervised.unlabelled import Training, Unlabelled, find_unlabelled, write_record
+from semisupervised.trainer_data import TrainerWithUnlabelledImages
+from semisupervised.unlabelled import Unlabelled
 
-HISTORY_FILE = "semi_training.json"
-PLOT_FILE = "semi_progress.png"
 STATE = "semisupervised"
 """Key of the teacher and the like in the optimiser's state of a checkpoint."""
-_SPATIAL = (SpatialTransform, MirrorTransform, Convert3DTo2DTransform, Convert2DTo3DTransform)
 
 
-class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
+class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     """nnU-Net's trainer and its own network, taught by unlabelled images too.
 
     Every step sees nnU-Net's labelled batch and as many unlabelled patches. The teacher, a moving average of the
@@ -108,72 +82,26 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008  # nnU-Net's signature
     ) -> None:
-        """See nnU-Net.
-
-        Raises:
-            KAFError: The configuration is the second stage of a cascade.
-        """
+        """See nnU-Net, and `TrainerWithUnlabelledImages`."""
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.schedule_epochs is not None:
             self.num_epochs = self.schedule_epochs
-        if self.is_cascaded:
-            raise KAFError(
-                f"{type(self).__name__} cannot train {configuration}, the second stage of a cascade: its network also "
-                "sees the first stage's segmentation, which unlabelled images do not have. Train 3d_fullres with it, "
-                "or the first stage (3d_lowres), and the second stage with nnUNetTrainerKAF or nnUNetTrainer."
-            )
-        self.semi_seed: int | None = None
         self.semi_history: list[dict[str, Any]] = []
         self._restored: dict[str, Any] | None = None
         self._teacher: Teacher | None = None
-        self._unlabelled: Unlabelled | None = None
-        self._stream: Stream | None = None
-        self._labelled_loader: Any = None
         self._step = 0
 
-    def _check_options(self) -> None:
-        """Check what a subclass may set.
-
-        Raises:
-            KAFError: A value is out of range; the message names it.
-        """
-        for name, valid, expected in (
-            ("confidence_threshold", 0 <= self.confidence_threshold <= 1, "a probability"),
-            ("teacher_decay", 0 <= self.teacher_decay < 1, "a number from 0 to below 1"),
-            ("unlabelled_weight", self.unlabelled_weight >= 0, "0 or more"),
-            ("unlabelled_ramp", 0 <= self.unlabelled_ramp <= 1, "a share of the training from 0 to 1"),
-            ("unlabelled_share", self.unlabelled_share > 0, "a number above 0"),
-            ("cutmix_probability", 0 <= self.cutmix_probability <= 1, "a probability"),
-            ("predict_with", self.predict_with in ("student", "teacher"), "'student' or 'teacher'"),
-            ("guard_every", self.guard_every >= 1, "a whole number of at least 1"),
-        ):
-            if not valid:
-                raise KAFError(
-                    f"{type(self).__name__}.{name}: found {getattr(self, name)!r}, expected {expected}. Correct it in "
-                    "the trainer."
-                )
-
     def initialize(self) -> None:
-        """See nnU-Net; draws the seed of the training, the same in all processes."""
+        """See nnU-Net; makes the guard and the unlabelled loss."""
         super().initialize()
         if self.device.type == "cpu":
             quicken_norms(unwrapped(self.network))
-        seed = [int(np.random.randint(2**31))]  # noqa: NPY002  # follows the user's own seed, if there is one
-        if self.is_ddp:
-            dist.broadcast_object_list(seed)
-        self.semi_seed = seed[0]
         classes = self.label_manager.foreground_regions if self._regions else self.label_manager.foreground_labels
         self._guard = Guard([str(name) for name in classes])
         self._sums = EpochSums(len(classes), self.device)
         weights = getattr(self.loss, "weight_factors", (1.0,))
         batch_dice = self.configuration_manager.batch_dice
         self._unlabelled_loss = UnlabelledLoss(self._regions, batch_dice, self.is_ddp, weights)
-
-    def do_split(self) -> tuple[list[str], list[str]]:
-        """As `nnUNetTrainerKAF`: with fewer than five cases each fold leaves one patient out."""
-        split_or_say_why(self)
-        split: tuple[list[str], list[str]] = super().do_split()
-        return split
 
     @property
     def _regions(self) -> bool:
@@ -208,7 +136,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         Raises:
             KAFError: There is no unlabelled image, or one cannot be used.
         """
-        self._check_options()
+        check_options(self)
         restored, self._restored = self._restored, None
         if restored is not None:
             self.semi_seed = restored["seed"]
@@ -224,101 +152,10 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             self._teacher.load_state_dict(restored["teacher"])
         self._stream = self._open_stream(self._unlabelled)
 
-    def _find_unlabelled(self) -> Unlabelled:
-        """Find and prepare the images: process 0 first, so that the others find them prepared."""
-        train, validation = self.do_split()
-        plans, configuration = self.plans_manager, self.configuration_name
-        training = Training(
-            dataset_name=plans.dataset_name,
-            configuration=configuration,
-            plans_name=plans.plans_name,
-            network="kaf" if is_kaf(plans.plans, configuration) else "plain",
-            fold=self.fold,
-            train=tuple(train),
-            validation=() if self.fold == "all" else tuple(validation),
-            pretraining=self._pretraining(),
-        )
-        if self.is_ddp and self.local_rank > 0:
-            dist.barrier()
-        try:
-            return find_unlabelled(training, max(1, get_allowed_n_proc_DA()))
-        finally:
-            if self.is_ddp and self.local_rank == 0:
-                dist.barrier()
-
-    def _pretraining(self) -> Path | None:
-        """The pretraining checkpoint that this training starts from, if it is known."""
-        return None
-
-    def _announce(self, unlabelled: Unlabelled) -> None:
-        if self.local_rank != 0:
-            return
-        count = len(unlabelled.images.cases)
-        labelled = f", {unlabelled.labelled} of them labelled in this fold" if unlabelled.labelled else ""
-        self.print_to_log_file(f"KAF: {count} unlabelled images{labelled}: {unlabelled.origin}")
-        if unlabelled.labelled == count:
-            self.print_to_log_file(
-                "KAF: WARNING: every one of these images is labelled in this fold; little is to be gained. Name images "
-                "without labels with KAF_UNLABELLED."
-            )
-        write_record(Path(self.output_folder), unlabelled)
-
-    def get_dataloaders(self) -> tuple[Any, Any]:
-        """nnU-Net's batches, drawn from the seed and the step, so that a continued training sees the same ones."""
-        processes = get_allowed_n_proc_DA()
-        with _variable("nnUNet_n_proc_DA", "0"):
-            train, validation = super().get_dataloaders()
-        self._labelled_loader = train.data_loader
-        for loader in (train.data_loader, validation.data_loader):
-            _fix_algorithms(loader.transforms)
-        if processes == 0:
-            return train, validation
-        streams = []
-        sizes = (self.num_iterations_per_epoch, self.num_val_iterations_per_epoch)
-        counts = (processes - processes // 3, max(1, processes // 4))
-        for number, loader, size, count in zip((TRAINING, VALIDATION), (train, validation), sizes, counts, strict=True):
-            batches = LabelledBatches(loader.data_loader, (self._known_seed(), number, self.local_rank))
-            streams.append(Stream(batches, self.current_epoch * size, count, self.device.type == "cuda"))
-        return streams[0], streams[1]
-
-    def _known_seed(self) -> int:
-        assert self.semi_seed is not None, "initialize() draws it"
-        return self.semi_seed
-
-    def _open_stream(self, unlabelled: Unlabelled) -> Stream:
-        """The unlabelled batches from the current epoch on."""
-        loader = self._labelled_loader
-        dims = len(self.configuration_manager.patch_size)
-        weak = [t for t in loader.transforms.transforms if isinstance(t, _SPATIAL)]
-        geometry = Geometry(
-            tuple(int(n) for n in loader.patch_size)[-dims:],
-            tuple(int(n) for n in loader.final_patch_size)[-dims:],
-            ComposeTransforms(weak),
-        )
-        self._flat_axis = any(isinstance(t, Convert3DTo2DTransform) for t in weak)
-        world_size = dist.get_world_size() if self.is_ddp else 1
-        total = max(world_size, round(self.configuration_manager.batch_size * self.unlabelled_share))
-        processes = get_allowed_n_proc_DA()
-        workers = max(1, processes // 3) if processes else 0
-        patches = UnlabelledPatches(
-            unlabelled.images,
-            geometry,
-            self.strong_augmentation,
-            self.cutmix_probability,
-            self._known_seed(),
-            share_of(total, self.local_rank, world_size),
-            total,
-            MEMORY // max(1, workers),
-        )
-        first = self.current_epoch * self.num_iterations_per_epoch
-        return Stream(patches, first, workers, self.device.type == "cuda")
-
     def on_train_epoch_start(self) -> None:
-        """See nnU-Net; without processes that make batches, the batches of the epoch are drawn from its number."""
+        """See nnU-Net; counts the steps from the first epoch on."""
         super().on_train_epoch_start()
         self._step = self.current_epoch * self.num_iterations_per_epoch
-        if get_allowed_n_proc_DA() == 0:
-            seed_everything((self._known_seed(), TRAINING, self.local_rank, self.current_epoch))
 
     def current_weight(self) -> float:
         """The weight of the unlabelled loss in this step: ramp-up (Laine and Aila, ICLR 2017) times the guard's."""
@@ -365,19 +202,11 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
             logits = self._teacher(image)
         return pseudo_labels(logits, self.confidence_threshold, self._regions)
 
-    @torch.no_grad()
     def _strong_batch(self, unlabelled: dict[str, Any]) -> tuple[Tensor, PseudoLabels]:
         """The patches as the network sees them, (m, C, *S), and their labels by the teacher, who sees the weak view."""
         weak = unlabelled["data"].to(self.device, non_blocking=True)
-        labels = self._label(weak)
-        strong = strong_view(weak, unlabelled["intensity"], unlabelled["seeds"], self._flat_axis)
         masked = [i for i, use in enumerate(self.configuration_manager.use_mask_for_norm) if use]
-        if masked:  # nnU-Net keeps 0 outside of the mask of these channels
-            strong[:, masked] = strong[:, masked].masked_fill(weak[:, masked] == 0, 0)
-        inside = box_mask(unlabelled["boxes"], tuple(weak.shape[2:]), self.device)
-        partners = unlabelled["partners"].to(self.device, non_blocking=True)
-        strong, target, sure = cut_mix(inside, partners, strong, labels.target, labels.sure)
-        return strong, PseudoLabels(target, sure)
+        return strong_batch(weak, self._label(weak), unlabelled, masked, self._flat_axis)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """See nnU-Net; judges the teacher, and records what it does."""
@@ -389,34 +218,17 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         self.semi_history.append(record)
         if self.local_rank != 0:
             return
-        self.print_to_log_file(
-            f"KAF: labelled loss {record['labelled_loss']:.4f}, unlabelled loss {record['unlabelled_loss']:.4f} with "
-            f"weight {record['weight']:.3f}; teacher sure of {100 * record['sure']:.1f} % of the voxels, agreement "
-            f"with the network {record['agreement']:.3f}"
-        )
-        for reason in reasons:
-            self.print_to_log_file(
-                f"KAF: WARNING: {reason}; the unlabelled loss goes on with {self._guard.factor:.3g} of its weight"
-            )
-        self._write_history()
-
-    def _write_history(self) -> None:
-        folder = Path(self.output_folder)
-        content = {"classes": list(self._guard.names), "epochs": self.semi_history}
-        with replacing(folder / HISTORY_FILE) as file:
-            file.write_text(json.dumps(content, indent=1) + "\n")
-        last = self.current_epoch + 1 >= self.num_epochs
-        if last or (self.current_epoch + 1) % self.save_every == 0:
-            plot_history(self.semi_history, self._guard.names, folder / PLOT_FILE)
+        for line in log_lines(record):
+            self.print_to_log_file(line)
+        # nnU-Net writes a checkpoint then, and drawing takes about a second
+        draw = self.current_epoch + 1 == self.num_epochs or (self.current_epoch + 1) % self.save_every == 0
+        write_history(Path(self.output_folder), self._guard.names, self.semi_history, draw)
 
     def on_train_end(self) -> None:
         """See nnU-Net; gives the network the teacher's weights if it is the one that predicts."""
         if self.predict_with == "teacher" and self._teacher is not None:
             unwrapped(self.network).load_state_dict(self._teacher.state_dict())
         super().on_train_end()
-        for stream in (self._stream, self.dataloader_train, self.dataloader_val):
-            if isinstance(stream, Stream):
-                stream.close()
 
 
 class nnUNetTrainerKAFSemi(nnUNetTrainerSemi, nnUNetTrainerKAF):  # noqa: N801
@@ -428,50 +240,6 @@ class nnUNetTrainerKAFSemi(nnUNetTrainerSemi, nnUNetTrainerKAF):  # noqa: N801
 
     def _pretraining(self) -> Path | None:
         return self._find_pretraining()[0]
-
-
-class UnlabelledFirst(nn.Module):
-    """The network in one training step: learns from unlabelled patches, then sees the labelled ones.
-
-    Args:
-        network: Compiled or wrapped as it is trained.
-        learn: Called with the network before each pass.
-    """
-
-    def __init__(self, network: nn.Module, learn: Callable[[nn.Module], None]) -> None:
-        super().__init__()
-        self.network, self.learn = network, learn
-        self.output: Tensor | None = None
-
-    def forward(self, image: Tensor) -> Any:
-        """The network's output; the finest one stays in `output`."""
-        self.learn(self.network)
-        output = self.network(image)
-        self.output = (output[0] if isinstance(output, (list, tuple)) else output).detach()
-        return output
-
-
-def _fix_algorithms(transform: Any) -> None:
-    """Let blurs always use the same algorithm: nnU-Net's choose by a race, whose winner rounds in its own way."""
-    if isinstance(transform, GaussianBlurTransform):
-        transform.benchmark = False
-    for part in getattr(transform, "transforms", [getattr(transform, "transform", None)]):
-        if part is not None:
-            _fix_algorithms(part)
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for a block."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def __getattr__(name: str) -> type:

@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
-from nnunetv2_kaf.plans import pretraining_folder
-from nnunetv2_kaf.safe_load import read_json
-from nnunetv2_kaf.weights import read_checkpoint
-from pretraining.config import PretrainConfig
-from pretraining.data.bad_images import BadImages
 from pretraining.data.images import PreprocessedImages
 from pretraining.data.patients import split_by_patients
-from pretraining.data.preprocess import cache_folder, preprocess_source
-from pretraining.data.raw import find_sources
 from pretraining.task import Task, resolve_task
+from semisupervised.pretraining_images import PretrainingRun, find_run, images_of_run, patient_pattern
 from semisupervised.sampling import Images
+from semisupervised.unlabelled_list import list_file, prepare, read_list
 
 VARIABLE = "KAF_UNLABELLED"
 RECORD_FILE = "semi_unlabelled.json"
@@ -127,12 +122,13 @@ def find_unlabelled(training: Training, num_workers: int = 1) -> Unlabelled:
     """
     task = resolve_task(training.dataset_name, training.configuration, training.plans_name, training.network)
     chosen = os.environ.get(VARIABLE, "").strip()
-    pretraining = _pretraining(training)
+    place = (training.dataset_name, training.plans_name, training.configuration, training.fold)
+    run = find_run(training.pretraining, *place)
     if chosen:
         images, origin = _chosen(task, training, chosen, num_workers), f"{VARIABLE}={chosen}"
     else:
-        images, origin = _default(task, training, pretraining)
-    kept, left_out = split_by_patients(images.cases, training.validation, _patient_pattern(pretraining))
+        images, origin = _default(task, training, run)
+    kept, left_out = split_by_patients(images.cases, training.validation, patient_pattern(run))
     if not kept:
         raise _none(training, f"{origin} names {len(images.cases)} image(s), all of validation patients of the fold")
     further = {case: path for case, path in images.further.items() if case in set(kept)}
@@ -149,7 +145,7 @@ def _none(training: Training, why: str) -> KAFError:
     )
 
 
-def _default(task: Task, training: Training, pretraining: tuple[Path, dict[str, Any]] | None) -> tuple[Images, str]:
+def _default(task: Task, training: Training, run: PretrainingRun | None) -> tuple[Images, str]:
     """The images of the pretraining and those that kaf-unlabelled has listed, together, and their origin.
 
     Raises:
@@ -158,10 +154,10 @@ def _default(task: Task, training: Training, pretraining: tuple[Path, dict[str, 
     cases: list[str] = []
     further: dict[str, Path] = {}
     origins = []
-    if pretraining is not None:
-        used = _of_pretraining(task, *pretraining)
+    if run is not None:
+        used = images_of_run(task, run)
         cases, further = list(used.cases), dict(used.further)
-        origins.append(f"the images of the pretraining {pretraining[0]}")
+        origins.append(f"the images of the pretraining {run.path}")
     if list_file(task).is_file():
         listed = read_list(task)
         cases += [case for case in listed if case not in further]
@@ -173,74 +169,6 @@ def _default(task: Task, training: Training, pretraining: tuple[Path, dict[str, 
             f"{VARIABLE} is not set, kaf-unlabelled has listed none, and no finished pretraining is in {task.folder}",
         )
     return Images(task.image_folder, task.preprocess_command, tuple(cases), further), " and ".join(origins)
-
-
-def _pretraining(training: Training) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint whose images are the default, and what it says about its run.
-
-    It is the one that the training loads, or else one at the standard place, of either network.
-    """
-    candidates = [training.pretraining] if training.pretraining is not None else []
-    for kind in ("KAFPretraining", "PlainPretraining"):
-        for fold in (training.fold, "all"):
-            place = (training.dataset_name, training.plans_name, training.configuration, fold, kind)
-            candidates.append(pretraining_folder(*place) / "checkpoint_final.pth")
-    for path in candidates:
-        if path.is_file():
-            return path, dict(read_checkpoint(path)["pretraining"])
-    return None
-
-
-def _patient_pattern(pretraining: tuple[Path, dict[str, Any]] | None) -> str:
-    """The pattern that finds the patient in a case: the pretraining's, or the default."""
-    config = pretraining[1].get("config", {}) if pretraining else {}
-    return str(config.get("patient_pattern", PretrainConfig().patient_pattern))
-
-
-def _of_pretraining(task: Task, path: Path, run: Mapping[str, Any]) -> Images:
-    """The images of a pretraining run, which are all preprocessed.
-
-    Raises:
-        KAFError: They are of another dataset, or a file is gone.
-    """
-    theirs = (run.get("dataset"), run.get("configuration"))
-    if theirs != (task.dataset_name, task.configuration):
-        raise KAFError(
-            f"the pretraining {path} used images of {theirs}, this training is of "
-            f"{(task.dataset_name, task.configuration)}: their preprocessed files do not fit. Name the unlabelled "
-            f"images with {VARIABLE} (folders or datasets)."
-        )
-    own = set(PreprocessedImages(task.image_folder, task.preprocess_command).identifiers)
-    cases = run.get("cases")
-    if not isinstance(cases, list) or not cases or not all(isinstance(case, str) for case in cases):
-        raise KAFError(
-            f"the pretraining {path} does not say which images it used (expected a list of cases). Run kaf-pretrain "
-            f"again, or name the unlabelled images with {VARIABLE}."
-        )
-    further = {case: _cached(task, case) for case in cases if "/" in case}
-    missing = [case for case in cases if case not in further and case not in own]
-    missing += [case for case, file in further.items() if file is None]
-    if missing:
-        raise KAFError(
-            f"{len(missing)} of {len(cases)} preprocessed images that the pretraining {path} used are gone from "
-            f"{task.image_folder.parent}: {', '.join(missing[:5])}. Run the same kaf-pretrain command again with "
-            f"--continue, or name the unlabelled images with {VARIABLE}."
-        )
-    return Images(
-        task.image_folder,
-        task.preprocess_command,
-        tuple(cases),
-        {case: file for case, file in further.items() if file is not None},
-    )
-
-
-def _cached(task: Task, identifier: str) -> Path | None:
-    """The preprocessed file of `<source>/<case>`."""
-    source, _, case = identifier.rpartition("/")
-    folder = cache_folder(task) / source
-    pattern = re.compile(rf"{re.escape(case)}-[0-9a-f]{{16}}\.b2nd")
-    found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _chosen(task: Task, training: Training, text: str, num_workers: int) -> Images:
@@ -274,83 +202,6 @@ def _chosen(task: Task, training: Training, text: str, num_workers: int) -> Imag
     if not cases and not further:
         raise _none(training, f"{VARIABLE}={text} names none")
     return Images(task.image_folder, task.preprocess_command, (*cases, *further), further)
-
-
-def prepare(
-    task: Task,
-    datasets: Sequence[str],
-    folders: Sequence[Path],
-    num_workers: int,
-    without: Sequence[str] = (),
-    skip_bad: bool = False,
-) -> dict[str, Path]:
-    """Check and preprocess the images of further sources, as kaf-pretrain does; what is done already is kept.
-
-    Args:
-        task: Task whose plans are used.
-        datasets: Numbers or names, of which imagesTr is used.
-        folders: Folders in nnU-Net's naming.
-        num_workers: Images at a time.
-        without: Cases whose patients are left out.
-        skip_bad: Warn of images that cannot be used instead of stopping.
-
-    Returns:
-        File by identifier `<source>/<case>`.
-
-    Raises:
-        KAFError: A source is missing, or images cannot be used; all of them are listed.
-    """
-    bad = BadImages()
-    further: dict[str, Path] = {}
-    for source in find_sources(task, datasets, folders, bad):
-        kept, _ = split_by_patients(source.identifiers, without, PretrainConfig().patient_pattern)
-        further.update(preprocess_source(task, source.restricted(kept), bad, num_workers))
-    bad.finish(skip_bad)
-    return further
-
-
-def list_file(task: Task) -> Path:
-    """Where kaf-unlabelled lists the images: beside them, for all plans that preprocess alike."""
-    return cache_folder(task) / "unlabelled.json"
-
-
-def write_list(task: Task, files: Mapping[str, Path]) -> Path:
-    """List prepared images; an earlier list is replaced.
-
-    Args:
-        task: dataset, plans and configuration.
-        files: Files from `prepare`.
-
-    Returns:
-        The list's file.
-    """
-    path, root = list_file(task), cache_folder(task)
-    with replacing(path) as file:
-        content = {case: image.relative_to(root).as_posix() for case, image in files.items()}
-        file.write_text(json.dumps({"images": content}, indent=2) + "\n")
-    return path
-
-
-def read_list(task: Task) -> dict[str, Path]:
-    """Read a list of `write_list`.
-
-    Raises:
-        KAFError: The file is damaged, or an image of it is gone.
-    """
-    path, root = list_file(task), cache_folder(task)
-    fix = f"Run kaf-unlabelled --dataset {task.dataset_id} --images DIR -p {task.plans_name} again, or delete the list."
-    content = read_json(path, fix)
-    images = content.get("images") if isinstance(content, dict) else None
-    names = images.values() if isinstance(images, dict) else [None]
-    if not images or not all(isinstance(name, str) for name in names):
-        raise KAFError(f'{path}: expected {{"images": {{case: file}}}}, as kaf-unlabelled writes it. {fix}')
-    files = {str(case): root / name for case, name in images.items()}
-    missing = [
-        str(file) for file in files.values() if not file.is_file() or not file.resolve().is_relative_to(root.resolve())
-    ]
-    if missing:
-        raise KAFError(f"{path}: {len(missing)} of {len(files)} images are gone: {', '.join(missing[:3])}. {fix}")
-    return files
 
 
 def write_record(folder: Path, unlabelled: Unlabelled) -> None:

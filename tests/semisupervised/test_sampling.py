@@ -3,8 +3,7 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
-from semisupervised.sampling import Geometry, Images, Stream, UnlabelledPatches, partner_of, share_of
-from semisupervised.seeding import isolated, seed_everything
+from semisupervised.sampling import Geometry, Images, UnlabelledPatches, partner_of, share_of
 from semisupervised.strong import StrongAugmentation
 
 
@@ -72,24 +71,3 @@ def test_neighbours_are_partners():
     assert [partner_of(i, 4) for i in range(4)] == [1, 0, 3, 2]
     assert [partner_of(i, 3) for i in range(3)] == [1, 0, 0]
     assert partner_of(0, 1) == 0
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_begins_at_any_step_and_keeps_the_order(workers, make_dataset):
-    dataset = make_dataset()
-    source = patches(dataset)
-    stream = Stream(source, 4, workers, pin_memory=False)
-    for step in range(4, 9):
-        assert torch.equal(next(stream)["data"], source[step]["data"])
-    stream.close()
-
-
-def test_draws_for_unlabelled_patches_leave_the_global_generators_as_they_were():
-    seed_everything((1, 2))
-    expected = np.random.random(), torch.rand(1)  # noqa: NPY002
-    seed_everything((1, 2))
-    with isolated((3,)):
-        inside = np.random.random(), torch.rand(1)  # noqa: NPY002
-    assert (np.random.random(), torch.rand(1)) == expected  # noqa: NPY002
-    with isolated((3,)):
-        assert (np.random.random(), torch.rand(1)) == inside  # noqa: NPY002

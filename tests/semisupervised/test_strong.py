@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnunetv2_kaf.errors import KAFError
 from semisupervised.strong import (
     BLUR,
     BRIGHTNESS,
@@ -12,9 +13,6 @@ from semisupervised.strong import (
     NOISE,
     ZOOM,
     StrongAugmentation,
-    box_mask,
-    cut_mix,
-    draw_box,
     strong_view,
 )  # fmt: skip
 
@@ -109,26 +107,11 @@ def test_the_parameters_are_in_their_ranges_and_as_often_as_asked_for():
     assert (drawn[:, ZOOM] <= 1).all()
 
 
-def test_boxes_stay_inside_and_are_drawn_as_often_as_asked_for():
-    boxes = torch.stack([draw_box(np.random.default_rng(i), (10, 7), 0.5) for i in range(500)])
-    sizes = boxes[..., 1] - boxes[..., 0]
-    assert (boxes >= 0).all()
-    assert (boxes[..., 1] <= torch.tensor([10, 7])).all()
-    assert (sizes.prod(1) > 0).float().mean() == pytest.approx(0.5, abs=0.07)
-    assert sizes[sizes[:, 0] > 0].prod(1).max() <= 0.75 * 70
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_image_labels_and_confidence_move_together(dims):
-    shape = SHAPES[dims]
-    place = torch.arange(3 * int(np.prod(shape))).view(3, 1, *shape)
-    boxes = torch.stack([draw_box(np.random.default_rng(i), shape, 1.0) for i in range(2)])
-    inside = box_mask(boxes, shape, torch.device("cpu"))
-    partners = torch.tensor([2, 0])
-    image, label = cut_mix(inside, partners, place.float().repeat(1, 2, *(1,) * dims), place)
-    for i, partner in enumerate(partners.tolist()):
-        box = tuple(slice(low, high) for low, high in boxes[i].tolist())
-        expected = place[i].clone()
-        expected[(0, *box)] = place[partner][(0, *box)]
-        assert torch.equal(label[i], expected)
-        assert torch.equal(image[i], expected.float().repeat(2, *(1,) * dims))
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("p_blur", 1.5), ("p_noise", "often"), ("gamma", (2.0, 0.5)), ("blur", (0.0, 1.0)), ("blur", (0.5, 3.0)),
+     ("low_resolution", (0.5, 1.5)), ("noise", 0.1), ("contrast", (float("nan"), 1.0))],
+)  # fmt: skip
+def test_values_that_cannot_be_computed_are_refused_by_their_names(option, value):
+    with pytest.raises(KAFError, match=rf"StrongAugmentation\.{option}: found .*, expected "):
+        StrongAugmentation(**{option: value})

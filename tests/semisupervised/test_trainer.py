@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -174,10 +175,12 @@ def test_residual_encoder_plans_train_with_nnunets_own_network(make_dataset):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("predict_with", "both"), ("confidence_threshold", 95), ("teacher_decay", 1.0), ("unlabelled_share", 0)],
-)
+    [("predict_with", "both"), ("confidence_threshold", 95), ("teacher_decay", 1.0), ("unlabelled_share", 0),
+     ("unlabelled_weight", float("inf")), ("unlabelled_ramp", "0.2"), ("cutmix_probability", -0.1),
+     ("guard_every", 2.5), ("strong_augmentation", {"p_blur": 0.1})],
+)  # fmt: skip
 def test_options_out_of_range_are_refused_by_their_names(name, value, make_dataset):
-    with pytest.raises(KAFError, match=rf"nnUNetTrainerSemi\.{name}: found {value!r}, expected"):
+    with pytest.raises(KAFError, match=rf"nnUNetTrainerSemi\.{name}: found {re.escape(repr(value))}, expected"):
         make_dataset().trainer(**{name: value}).run_training()
 
 

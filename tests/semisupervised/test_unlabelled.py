@@ -10,7 +10,8 @@ from nnunetv2_kaf.errors import KAFError
 from pretraining import cli as pretrain_cli
 from semisupervised import cli
 from semisupervised.trainer import nnUNetTrainerKAFSemi
-from semisupervised.unlabelled import Training, find_unlabelled, list_file
+from semisupervised.unlabelled import Training, find_unlabelled
+from semisupervised.unlabelled_list import list_file
 
 OPTIONS = "--dataset 321 -c 2d --epochs 1 --iterations 1 --batch-size 2 --device cpu --num-workers 1"
 PRETRAIN = OPTIONS.split()

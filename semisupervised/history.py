@@ -1,0 +1,54 @@
+"""What is recorded of the epochs: lines of the log, `semi_training.json` and `semi_progress.png`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_kaf.files import replacing
+from semisupervised.plot import plot_history
+
+HISTORY_FILE = "semi_training.json"
+PLOT_FILE = "semi_progress.png"
+
+
+def log_lines(record: Mapping[str, Any]) -> list[str]:
+    """An epoch in words.
+
+    Args:
+        record: Of `EpochSums.finish`, with `weight`, and the guard's verdict in `guard` and `collapse`.
+    """
+    lines = [
+        f"KAF: labelled loss {record['labelled_loss']:.4f}, unlabelled loss {record['unlabelled_loss']:.4f} with "
+        f"weight {record['weight']:.3f}; teacher sure of {100 * record['sure']:.1f} % of the voxels, agreement "
+        f"with the network {record['agreement']:.3f}"
+    ]
+    for reason in record["collapse"]:
+        lines.append(f"KAF: WARNING: {reason}; the unlabelled loss goes on with {record['guard']:.3g} of its weight")
+    return lines
+
+
+def write_history(folder: Path, classes: Sequence[str], records: Sequence[Mapping[str, Any]], draw: bool) -> None:
+    """Write the record of a training, in place of an earlier one.
+
+    Args:
+        folder: Folder of the fold.
+        classes: Names of the foreground classes.
+        records: Of all epochs so far.
+        draw: Whether to draw the curves too, which takes about a second.
+    """
+    content = {"classes": list(classes), "epochs": [_finite(record) for record in records]}
+    with replacing(folder / HISTORY_FILE) as file:
+        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    if draw:
+        plot_history(records, classes, folder / PLOT_FILE)
+
+
+def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with null for what is no number, as JSON has no other word for it."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }

@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from semisupervised.history import log_lines, write_history
+
+
+def record(**changes):
+    values = {
+        "epoch": 3, "weight": 0.5, "sure": 0.25, "shares": [0.1, 0.0], "agreement": 0.9, "labelled_loss": 0.75,
+        "unlabelled_loss": 0.5, "guard": 0.5, "collapse": [],
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+def test_an_epoch_in_words():
+    assert log_lines(record()) == [
+        "KAF: labelled loss 0.7500, unlabelled loss 0.5000 with weight 0.500; teacher sure of 25.0 % of the voxels, "
+        "agreement with the network 0.900"
+    ]
+    lines = log_lines(record(collapse=["class 2 vanishes", "they agree less"]))
+    assert lines[1:] == [
+        "KAF: WARNING: class 2 vanishes; the unlabelled loss goes on with 0.5 of its weight",
+        "KAF: WARNING: they agree less; the unlabelled loss goes on with 0.5 of its weight",
+    ]
+
+
+@pytest.mark.parametrize("draw", [False, True])
+def test_the_file_holds_all_epochs_and_the_curves_are_drawn_when_asked_for(draw, tmp_path):
+    write_history(tmp_path, ["1", "2"], [record(epoch=0)], draw)
+    write_history(tmp_path, ["1", "2"], [record(epoch=0), record(epoch=1)], draw)
+    content = json.loads((tmp_path / "semi_training.json").read_text())
+    assert content == {"classes": ["1", "2"], "epochs": [record(epoch=0), record(epoch=1)]}
+    assert (tmp_path / "semi_progress.png").is_file() == draw
+
+
+def test_what_is_no_number_becomes_null(tmp_path):
+    write_history(tmp_path, ["1"], [record(labelled_loss=float("nan"), unlabelled_loss=float("inf"))], draw=True)
+    text = (tmp_path / "semi_training.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    epoch = json.loads(text)["epochs"][0]
+    assert epoch["labelled_loss"] is None
+    assert epoch["unlabelled_loss"] is None
+    assert epoch["sure"] == 0.25
