@@ -16,7 +16,8 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256, versions
 from nnunetv2_kaf.inspect import Fold, TrainedModel
 from nnunetv2_kaf.plans import resolve_configuration
-from nnunetv2_kaf.schemas import FinishedRun, check
+from nnunetv2_kaf.schema_check import check
+from nnunetv2_kaf.schema_checkpoints import FinishedRun
 from nnunetv2_kaf.weights import read_checkpoint
 
 Rows = list[tuple[str, str]]

@@ -12,7 +12,8 @@ import torch
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.safe_load import load_safely
-from nnunetv2_kaf.schemas import FinishedRun, RunCheckpoint, check
+from nnunetv2_kaf.schema_check import check
+from nnunetv2_kaf.schema_checkpoints import FinishedRun, RunCheckpoint
 from nnunetv2_kaf.weights import read_checkpoint
 from pretraining.checkpoint import FINAL, FORMAT, LATEST, load_latest
 from pretraining.config import PretrainConfig

@@ -22,7 +22,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from nnunetv2_kaf.errors import KAFError, one_line
-from nnunetv2_kaf.schemas import ArchitectureEntry, check
+from nnunetv2_kaf.schema_check import check
+from nnunetv2_kaf.schema_plans import ArchitectureEntry
 from nnunetv2_kaf.unet import KAFUNet
 
 NETWORK_CLASS = "nnunetv2_kaf.unet.KAFUNet"

@@ -23,14 +23,13 @@ from nnunetv2_kaf.architecture import NETWORK_CLASS
 from nnunetv2_kaf.config import KAFConfig
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.safe_load import read_json
-from nnunetv2_kaf.schemas import (
+from nnunetv2_kaf.schema_check import brief, check
+from nnunetv2_kaf.schema_plans import (
     ArchitectureEntry,
     ConfigurationEntry,
     DatasetDescription,
     NetworkSpacing,
     PlansEntry,
-    brief,
-    check,
 )
 
 _FIX = "Restore the file, or plan the experiment again."

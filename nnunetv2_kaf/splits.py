@@ -64,12 +64,13 @@ def read_splits(path: Path) -> Splits:
         KAFError: It cannot be read, or is none of nnU-Net's.
     """
     # Not at the top: the options of a command, which name the pattern above, need not wait for torch.
-    from nnunetv2_kaf import schemas
+    from nnunetv2_kaf import schema_plans
     from nnunetv2_kaf.safe_load import read_json
+    from nnunetv2_kaf.schema_check import check
 
     fix = 'Correct or delete it; expected a list of {"train": [cases], "val": [cases]}.'
     splits: Splits = read_json(path, fix)
-    schemas.check(schemas.Splits, splits, str(path), fix)
+    check(schema_plans.Splits, splits, str(path), fix)
     return splits
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_kaf.errors import KAFError
-from nnunetv2_kaf.schemas import brief
+from nnunetv2_kaf.schema_check import brief
 
 LARGEST_WEIGHT = 1e6
 """Weights start below 1 and hardly leave this range; beyond, the next step overflows: the training has diverged."""
@@ -51,7 +51,7 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
     """Check that the saved state of an optimiser belongs to the same parameters.
 
     Args:
-        saved: Its state dict, in the form of `schemas.OptimizerState`.
+        saved: Its state dict, in the form of `schema_checkpoints.OptimizerState`.
         optimizer: Which is to take it.
         where: File and place, for the message.
         fix: What to do, a sentence.

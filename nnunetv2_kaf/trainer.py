@@ -29,7 +29,8 @@ from nnunetv2_kaf.files import replacing, sweep
 from nnunetv2_kaf.plans import check_configuration, check_plans, is_kaf, kaf_plans, pretraining_folder, read_plans
 from nnunetv2_kaf.safe_load import load_safely
 from nnunetv2_kaf.schedule import WarmupPolyLRScheduler, schedule_variant
-from nnunetv2_kaf.schemas import ContinuedTraining, check
+from nnunetv2_kaf.schema_check import check
+from nnunetv2_kaf.schema_checkpoints import ContinuedTraining
 from nnunetv2_kaf.splits import check_fold, split_few_cases
 from nnunetv2_kaf.tensors import LARGEST_WEIGHT, check_weights, diverged
 from nnunetv2_kaf.weights import LoadReport, load_encoder

@@ -22,7 +22,8 @@ from nnunetv2_kaf.files import file_sha256, replacing, versions
 from nnunetv2_kaf.fitting import fit
 from nnunetv2_kaf.plans import check_plans, is_kaf, resolve_configuration
 from nnunetv2_kaf.safe_load import load_safely
-from nnunetv2_kaf.schemas import PretrainingCheckpoint, brief, check
+from nnunetv2_kaf.schema_check import brief, check
+from nnunetv2_kaf.schema_checkpoints import PretrainingCheckpoint
 from nnunetv2_kaf.tensors import check_weights
 from nnunetv2_kaf.unet import KAFUNet
 

@@ -15,7 +15,8 @@ import torch
 from nnunetv2_kaf.errors import KAFError, one_line
 from nnunetv2_kaf.files import replacing, sweep, versions
 from nnunetv2_kaf.safe_load import load_safely
-from nnunetv2_kaf.schemas import RunCheckpoint, brief, check
+from nnunetv2_kaf.schema_check import brief, check
+from nnunetv2_kaf.schema_checkpoints import RunCheckpoint
 from nnunetv2_kaf.tensors import check_optimizer, check_weights
 from nnunetv2_kaf.weights import save_pretraining_checkpoint
 from pretraining.config import PretrainConfig

@@ -23,7 +23,7 @@ from nnunetv2_kaf.plans import (
     read_plans,
     resolve_configuration,
 )
-from nnunetv2_kaf.schemas import check_name
+from nnunetv2_kaf.schema_check import check_name
 
 
 @dataclass(frozen=True)

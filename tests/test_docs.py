@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,9 @@ from pretraining import cli
 from pretraining.config import COMPONENTS, PRESETS, PretrainConfig, flag
 from pretraining.exchange import export_cli
 from semisupervised import cli as unlabelled_cli
+from semisupervised.options import check_options
+from semisupervised.strong import StrongAugmentation
+from semisupervised.trainer import nnUNetTrainerSemi
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "pretraining.md"
@@ -180,3 +184,25 @@ def test_every_parameter_of_the_layers_is_explained_with_its_default() -> None:
     defaults = {name: json.dumps(value) for name, value in KAFConfig().to_dict().items()}
     defaults |= {"levels": "planned", "detection_channels": "all images"}  # planned for each dataset
     assert {name: text.strip("`") for name, text in stated.items()} == defaults
+
+
+def test_every_option_of_the_semi_supervised_trainers_is_explained_with_its_default() -> None:
+    text = FEW_LABELS.read_text().partition("## Change the method")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", text, re.MULTILINE))
+    documented = re.findall(
+        r"^        (\w+): ", (nnUNetTrainerSemi.__doc__ or "").partition("Attributes:")[2], re.MULTILINE
+    )
+    assert list(rows) == documented
+    assert rows.pop("strong_augmentation") == "StrongAugmentation()"
+    assert nnUNetTrainerSemi.strong_augmentation == StrongAugmentation()
+    assert {name: json.loads(value) for name, value in rows.items()} == {
+        name: getattr(nnUNetTrainerSemi, name) for name in rows
+    }
+
+
+def test_the_trainer_of_your_own_has_options_that_are_accepted() -> None:
+    (block,) = re.findall(r"```python\n(.+?)```", FEW_LABELS.read_text(), re.DOTALL)
+    namespace: dict[str, Any] = {"__name__": "my_trainers"}
+    exec(block, namespace)
+    check_options(namespace["SemiTeacher"])
+    assert namespace["SemiTeacher"].predict_with == "teacher"

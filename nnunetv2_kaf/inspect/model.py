@@ -16,7 +16,7 @@ from nnunetv2_kaf.architecture import build_network
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import is_kaf, read_description, read_plans, resolve_configuration
 from nnunetv2_kaf.safe_load import load_safely, read_json
-from nnunetv2_kaf.schemas import Record, brief, check
+from nnunetv2_kaf.schema_check import Record, brief, check
 
 FINAL = "checkpoint_final.pth"
 INITIALIZATION_FILE = "kaf_initialization.json"

@@ -29,6 +29,7 @@ def test_a_stream_begins_at_any_step_and_keeps_the_order(workers):
 
 @pytest.mark.parametrize(("processes", "shares"), [(0, (0, 1, 0)), (1, (1, 1, 1)), (2, (2, 1, 1)), (12, (8, 3, 4))])
 def test_nnunets_processes_are_shared_between_the_streams(processes, shares, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setenv(VARIABLE, str(processes))
     assert (training_workers(), validation_workers(), unlabelled_workers()) == shares
 
