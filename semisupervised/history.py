@@ -15,6 +15,21 @@ HISTORY_FILE = "semi_training.json"
 PLOT_FILE = "semi_progress.png"
 
 
+def foreground_names(labels: Any) -> list[str]:
+    """Names of the foreground classes or regions as in dataset.json, in the order of the network's outputs.
+
+    Args:
+        labels: nnU-Net's label manager.
+    """
+
+    def key(value: Any) -> tuple[int, ...]:
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+    names = {key(value): name for name, value in labels.label_dict.items()}
+    classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    return [names[key(value)] for value in classes]
+
+
 def log_lines(record: Mapping[str, Any]) -> list[str]:
     """An epoch in words.
 

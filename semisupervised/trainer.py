@@ -21,7 +21,7 @@ from nnunetv2_kaf.precision import autocast
 from nnunetv2_kaf.schedule import schedule_variant
 from nnunetv2_kaf.trainer import nnUNetTrainerKAF, unwrapped
 from semisupervised.guard import EpochSums, Guard
-from semisupervised.history import log_lines, write_history
+from semisupervised.history import foreground_names, log_lines, write_history
 from semisupervised.losses import PseudoLabels, UnlabelledLoss, pseudo_labels
 from semisupervised.options import check_options
 from semisupervised.quick_norm import quicken_norms
@@ -96,8 +96,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         super().initialize()
         if self.device.type == "cpu":
             quicken_norms(unwrapped(self.network))
-        classes = self.label_manager.foreground_regions if self._regions else self.label_manager.foreground_labels
-        self._guard = Guard([str(name) for name in classes])
+        classes = foreground_names(self.label_manager)
+        self._guard = Guard(classes)
         self._sums = EpochSums(len(classes), self.device)
         weights = getattr(self.loss, "weight_factors", (1.0,))
         batch_dice = self.configuration_manager.batch_dice

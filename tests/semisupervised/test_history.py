@@ -1,8 +1,9 @@
 import json
 
 import pytest
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from semisupervised.history import log_lines, write_history
+from semisupervised.history import foreground_names, log_lines, write_history
 
 
 def record(**changes):
@@ -11,6 +12,13 @@ def record(**changes):
         "unlabelled_loss": 0.5, "guard": 0.5, "collapse": [],
     }  # fmt: skip
     return {**values, **changes}
+
+
+def test_classes_have_the_names_of_the_dataset_in_the_order_of_the_outputs():
+    classes = LabelManager({"background": 0, "left": 2, "right": 1, "ignore": 3}, None)
+    assert foreground_names(classes) == ["right", "left"]
+    regions = LabelManager({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
+    assert foreground_names(regions) == ["whole", "core"]
 
 
 def test_an_epoch_in_words():

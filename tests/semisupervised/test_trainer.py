@@ -41,6 +41,7 @@ def test_every_kind_of_dataset_trains(cls, dims, channels, style, make_dataset):
     assert record["origin"] == "KAF_UNLABELLED=321"
     history = json.loads((folder / "semi_training.json").read_text())
     assert [epoch["epoch"] for epoch in history["epochs"]] == [0, 1]
+    assert history["classes"] == (["whole", "core"] if style == "regions" else ["a", "b"])
     assert all(np.isfinite(epoch["unlabelled_loss"]) and 0 <= epoch["sure"] <= 1 for epoch in history["epochs"])
     assert (folder / "semi_progress.png").stat().st_size > 1000
     assert "3 unlabelled images: KAF_UNLABELLED=321" in Path(trainer.log_file).read_text()
@@ -148,7 +149,7 @@ def test_a_collapse_is_said_in_the_log_and_lowers_the_weight(make_dataset):
     background = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
     trainer._sums.add_pseudo_labels(background, background == 0)
     trainer.on_train_epoch_end([{"loss": np.array(1.0)}])
-    assert "WARNING: class 1 vanishes from the pseudo-labels" in Path(trainer.log_file).read_text()
+    assert "WARNING: class a vanishes from the pseudo-labels" in Path(trainer.log_file).read_text()
     assert trainer.current_weight() == 0.5
     assert len(trainer.semi_history[0]["collapse"]) == 2
 
