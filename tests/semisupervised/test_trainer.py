@@ -224,6 +224,18 @@ def test_the_gradients_are_those_of_the_sum_of_both_losses(cls, make_dataset, mo
 
 
 @pytest.mark.parametrize("cls", BOTH)
+def test_on_a_cpu_network_and_teacher_normalise_the_quick_way(cls, make_dataset):
+    trainer = make_dataset(dims=3).trainer(cls)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    with torch.profiler.profile() as seen:
+        trainer.train_step(next(trainer.dataloader_train))
+    names = {event.key for event in seen.key_averages()}
+    assert {"aten::native_group_norm", "aten::native_group_norm_backward"} <= names
+    assert "aten::native_batch_norm" not in names
+
+
+@pytest.mark.parametrize("cls", BOTH)
 def test_a_step_in_half_precision_is_close_to_one_in_single(cls, make_dataset):
     dataset, found = make_dataset(), []
     for dtype in (None, torch.bfloat16):
