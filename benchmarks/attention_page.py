@@ -49,6 +49,13 @@ every network. How it was measured, and the command that repeats it: the head of
   the network views with such transformations, of other patients.
 """
 
+SUMMARY = """## Is attention more robust after pretraining?
+
+Attention among the keypoints of a view and of the same view with noise, other intensities, rotated or deformed.
+Consistency: 1 = the same in both views, 0 = as if it belonged to any keypoint. What the columns mean, and the results
+by transformation: [attention.md](attention.md).
+"""
+
 
 def write_page(results: Path, page: Path = PAGE) -> Path:
     """Write the page from all results of a folder; returns its path."""
@@ -56,6 +63,26 @@ def write_page(results: Path, page: Path = PAGE) -> Path:
     sections = [section(document) for document in documents] or ["Not measured yet.\n"]
     page.write_text("\n".join([HEADER, *sections]))
     return page
+
+
+def summary(results: Path) -> str:
+    """What docs/evidence.md says of attention: the main table and the comparisons of every dataset.
+
+    Args:
+        results: Folder of the results.
+
+    Returns:
+        Nothing if it was not measured.
+    """
+    documents = [json.loads(file.read_text()) for file in sorted(results.glob("attention_*.json"))]
+    if not documents:
+        return ""
+    parts = [SUMMARY]
+    for document in documents:
+        patients = len(set(document["patient_of"].values()))
+        parts += [f"**{document['name']}**, `{document['configuration']}`, {patients} patients:", ""]
+        parts += [table(document), "", *(f"- {verdict}" for verdict in verdicts(document)), ""]
+    return "\n".join(parts)
 
 
 def section(document: Mapping[str, Any]) -> str:

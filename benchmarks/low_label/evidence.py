@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import attention_page
 from common import markdown
 
 from nnunetv2_kaf.errors import KAFError
@@ -161,6 +162,7 @@ def page(out: Path, target: Path) -> str:
     for folder in _folders(out):
         study, results = told(folder.parent.name), _latest(folder)
         parts.append(section(results, study, Path(os.path.relpath(folder, target.parent))))
+    parts += filter(None, [attention_page.summary(out.parent)])
     parts += [f"## {name}\n\nNot measured yet. {told(name).comment}\n" for name in _unmeasured(out)]
     return "\n".join(parts)
 
@@ -226,7 +228,12 @@ def section(results: report.Results, study: Told, folder: Path) -> str:
         tables = [report.table(cells, results.baseline), ""]
         pretrained = list(dict.fromkeys(run["arm"] for run in results.runs if run["definition"]["pretraining"]))
         if results.on == "test":
-            tables += [targets.table(cells, pretrained), "", *([study.conclusion, ""] if study.conclusion else [])]
+            dataset = setting["task"]["data"].partition("_")[2]
+            tables += [
+                targets.table(cells, pretrained, dataset),
+                "",
+                *([study.conclusion, ""] if study.conclusion else []),
+            ]
             tables += [f"Choices were made on other patients: [validation.md]({folder.as_posix()}/validation.md).", ""]
         links = [
             f"![{title}]({folder.as_posix()}/{results.on}_{metric}.png)"

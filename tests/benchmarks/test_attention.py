@@ -56,7 +56,12 @@ def test_all_kinds_are_measured_and_the_page_follows(
         assert all(0 <= value <= 1 for value in values.values())
     page = attention_page.write_page(tmp_path, tmp_path / "page.md").read_text()
     assert "| pretrained, then trained |" in page
-    assert "pretrained, then trained against pretrained, consistency: no clear difference (+0.000" in page
+    verdict = "pretrained, then trained against pretrained, consistency: no clear difference (+0.000"
+    assert verdict in page
+    summary = attention_page.summary(tmp_path)
+    assert "| pretrained, then trained |" in summary
+    assert verdict in summary
+    assert attention_page.summary(tmp_path / "m") == ""
 
 
 def seen(write_model: Write, data: Path, folder: Path, transform: str) -> tuple[Any, tuple[float, ...]]:
