@@ -1,4 +1,4 @@
-"""The guard against confirmation bias: does the teacher lose a class, or does it part from the network?"""
+"""The guard against confirmation bias: what the teacher knows, whether it loses a class or parts from the network."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ FORGET = 0.98
 
 @dataclass
 class Guard:
-    """Judges every epoch, and lowers the weight of the unlabelled loss while there is a collapse.
+    """Judges every epoch: the unlabelled loss counts as much as the teacher knows, and less while there is a collapse.
+
+    A teacher that has not learned a class yet is sure of the background where that class is. Labels of such a teacher
+    would hold the network back; its Dice on the labelled training patches says how much it knows.
 
     Attributes:
         names: Of the foreground classes or regions.
+        known: Dice of the teacher on the labelled training patches of the last epoch; 0 in the first one.
         factor: Of the weight; halved by every epoch with a collapse, doubled by every other one up to 1, or up to 0.5
             while a class has not appeared in the pseudo-labels yet.
         largest: Largest share of each class in the sure voxels so far.
@@ -38,6 +42,7 @@ class Guard:
     """
 
     names: Sequence[str]
+    known: float = 0.0
     factor: float = 1.0
     largest: list[float] = field(default_factory=list)
     present: list[int] = field(default_factory=list)
@@ -48,17 +53,24 @@ class Guard:
         self.largest = self.largest or [0.0] * len(self.names)
         self.present = self.present or [0] * len(self.names)
 
-    def judge(self, shares: Sequence[float], agreement: float, learned: bool) -> list[str]:
+    @property
+    def weight(self) -> float:
+        """What the unlabelled loss is multiplied with in the next epoch, 0 to 1."""
+        return self.known * self.factor
+
+    def judge(self, shares: Sequence[float], known: float, agreement: float, learned: bool) -> list[str]:
         """Judge an epoch.
 
         Args:
             shares: Of each foreground class in the sure voxels.
+            known: Dice of the teacher on labelled training patches, from 0 to 1.
             agreement: Of teacher and network on labelled training patches, a Dice from 0 to 1.
             learned: Whether the ramp-up is over; before, nothing is a collapse.
 
         Returns:
             What is wrong, in words; nothing if all is well.
         """
+        self.known = known
         collapse, waiting = [], []
         for i, (name, share) in enumerate(zip(self.names, shares, strict=True)):
             most = self.largest[i]
@@ -90,6 +102,7 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """What a continued training needs; primitives."""
         return {
+            "known": self.known,
             "factor": self.factor,
             "largest": list(self.largest),
             "present": list(self.present),
@@ -98,7 +111,7 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state saved by `state_dict`."""
-        self.factor, self.best = state["factor"], state["best"]
+        self.known, self.factor, self.best = state["known"], state["factor"], state["best"]
         self.largest, self.present = list(state["largest"]), list(state["present"])
 
 
@@ -111,7 +124,7 @@ class EpochSums:
     """
 
     def __init__(self, classes: int, device: torch.device) -> None:
-        self._sums = torch.zeros(2 + 3 * classes + 3, dtype=torch.float32, device=device)
+        self._sums = torch.zeros(2 + 5 * classes + 3, dtype=torch.float32, device=device)
         self.classes = classes
 
     @torch.no_grad()
@@ -127,19 +140,29 @@ class EpochSums:
         self._sums[2 : 2 + self.classes] += self._per_class(target, sure)
 
     @torch.no_grad()
-    def add_agreement(self, teacher: Tensor, student: Tensor) -> None:
-        """Count the voxels in which teacher and network agree.
+    def add_labelled(self, teacher: Tensor, student: Tensor, reference: Tensor) -> None:
+        """Count the voxels of labelled patches in which the teacher agrees with the network, and with the reference.
 
         Args:
             teacher: Hard output on labelled patches, as `PseudoLabels.target`.
             student: The same of the network.
+            reference: nnU-Net's target of these patches, (B, 1, *S) classes, or (B, R, *S) regions with one channel
+                more if there is an ignore label; what is ignored does not count.
         """
         everywhere = torch.ones_like(teacher, dtype=torch.bool)
-        both = (teacher == student) & everywhere
-        first = 2 + self.classes
-        self._sums[first : first + self.classes] += self._per_class(teacher, both)
-        sizes = self._per_class(teacher, everywhere) + self._per_class(student, everywhere)
-        self._sums[first + self.classes : first + 2 * self.classes] += sizes
+        self._add_overlap(0, teacher, student, everywhere)
+        regions = teacher.shape[1] if teacher.is_floating_point() else None
+        if regions is None:
+            counted = reference <= self.classes  # nnU-Net's ignore label is the highest one
+        else:
+            counted = (reference[:, regions:] == 0).all(1, keepdim=True).expand_as(teacher)
+        self._add_overlap(1, teacher, reference[:, :regions].to(teacher.dtype), counted)
+
+    def _add_overlap(self, which: int, one: Tensor, other: Tensor, counted: Tensor) -> None:
+        """Add numerators and denominators of a Dice per class."""
+        first, n = 2 + (1 + 2 * which) * self.classes, self.classes
+        self._sums[first : first + n] += 2 * self._per_class(one, (one == other) & counted)
+        self._sums[first + n : first + 2 * n] += self._per_class(one, counted) + self._per_class(other, counted)
 
     def add_losses(self, labelled: float, unlabelled: Tensor) -> None:
         """Count a step and its losses."""
@@ -156,20 +179,28 @@ class EpochSums:
         """The epoch's numbers over all processes, and start again from 0.
 
         Returns:
-            sure: share of sure voxels; shares: of each class in them; agreement: mean Dice over the classes that
-            occur; labelled_loss, unlabelled_loss: means.
+            sure: share of sure voxels; shares: of each class in them; agreement, known: Dice of the teacher with the
+            network and with the reference on labelled patches, means over the classes that occur; labelled_loss,
+            unlabelled_loss: means.
         """
         if ddp:
             dist.all_reduce(self._sums)
-        voxels, sure, *rest = self._sums.tolist()
+        sums = self._sums.tolist()
         self._sums.zero_()
-        n = self.classes
-        steps, labelled, unlabelled = rest[3 * n :]
-        dice = [2 * both / size for both, size in zip(rest[n : 2 * n], rest[2 * n : 3 * n], strict=True) if size > 0]
+        voxels, sure = sums[:2]
+        shares, *dice = (sums[2 + i * self.classes : 2 + (i + 1) * self.classes] for i in range(5))
+        steps, labelled, unlabelled = sums[-3:]
         return {
             "sure": sure / max(1.0, voxels),
-            "shares": [count / max(1.0, sure) for count in rest[:n]],
-            "agreement": sum(dice) / len(dice) if dice else 0.0,
+            "shares": [count / max(1.0, sure) for count in shares],
+            "agreement": _mean_dice(*dice[:2]),
+            "known": _mean_dice(*dice[2:]),
             "labelled_loss": labelled / max(1.0, steps),
             "unlabelled_loss": unlabelled / max(1.0, steps),
         }
+
+
+def _mean_dice(twice_both: Sequence[float], sizes: Sequence[float]) -> float:
+    """Mean over the classes that occur; 0 if none does."""
+    dice = [both / size for both, size in zip(twice_both, sizes, strict=True) if size > 0]
+    return sum(dice) / len(dice) if dice else 0.0

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def plot_history(history: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
-    """Plot losses, weight, share of sure voxels and agreement, and the classes in the pseudo-labels over the epochs.
+    """Plot losses and weight, what is known of the teacher, and the classes of the pseudo-labels over the epochs.
 
     Args:
         history: Records of the epochs.
@@ -27,6 +27,7 @@ def plot_history(history: Sequence[Mapping[str, Any]], names: Sequence[str], pat
     losses.set_ylabel("loss, weight of the unlabelled one")
     trust.plot(epochs, [record["sure"] for record in history], label="share of sure voxels")
     trust.plot(epochs, [record["agreement"] for record in history], label="agreement on labelled training patches")
+    trust.plot(epochs, [record["known"] for record in history], label="teacher's Dice on labelled training patches")
     for record in history:
         if record["collapse"]:
             trust.axvline(record["epoch"], color="red", alpha=0.3)

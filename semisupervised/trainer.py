@@ -53,13 +53,14 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     Attributes:
         confidence_threshold: Smallest probability of the teacher's label of a voxel that the network learns.
         teacher_decay: Share of the teacher's old weights that stays in each step; the first steps average less.
-        unlabelled_weight: Weight of the unlabelled loss after the ramp-up; the labelled loss has 1.
+        unlabelled_weight: Weight of the unlabelled loss after the ramp-up, times what the teacher knows: its Dice on
+            the labelled training patches of the epoch before. The labelled loss has 1.
         unlabelled_ramp: Share of the training's steps over which the weight grows from 0.7 % to 100 % of that.
         unlabelled_share: Unlabelled patches per labelled patch.
         cutmix_probability: Probability of a CutMix box in a patch.
         strong_augmentation: A `StrongAugmentation`: all probabilities and ranges of the strong view.
         predict_with: "student" or "teacher", whose weights the final checkpoint and the validation use.
-        guard_every: Steps between measurements of the agreement of teacher and network.
+        guard_every: Steps between measurements of the teacher on labelled patches.
     """
 
     confidence_threshold: float = 0.95
@@ -161,7 +162,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         """The weight of the unlabelled loss in this step: ramp-up (Laine and Aila, ICLR 2017) times the guard's."""
         ramp = self.unlabelled_ramp * self.num_epochs * self.num_iterations_per_epoch
         rest = 1 - min(1.0, self._step / ramp) if ramp > 0 else 0.0
-        return self.unlabelled_weight * self._guard.factor * math.exp(-5 * rest**2)
+        return self.unlabelled_weight * self._guard.weight * math.exp(-5 * rest**2)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """nnU-Net's step on the labelled patches, whose gradients are added to those of the unlabelled ones."""
@@ -180,7 +181,10 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         self._sums.add_pseudo_labels(*labels)
         self._sums.add_losses(float(out["loss"]), self._learned)
         if check is not None and twice.output is not None:
-            self._sums.add_agreement(check.target, pseudo_labels(twice.output, 0.0, self._regions).target)
+            target = batch["target"]
+            reference = (target[0] if isinstance(target, (list, tuple)) else target).to(self.device)
+            student = pseudo_labels(twice.output, 0.0, self._regions).target
+            self._sums.add_labelled(check.target, student, reference)
         self._step += 1
         return out
 
@@ -213,7 +217,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         super().on_train_epoch_end(train_outputs)
         record = {"epoch": self.current_epoch, "weight": self.current_weight(), **self._sums.finish(self.is_ddp)}
         learned = self.current_epoch + 1 > self.unlabelled_ramp * self.num_epochs
-        reasons = self._guard.judge(record["shares"], record["agreement"], learned)
+        reasons = self._guard.judge(record["shares"], record["known"], record["agreement"], learned)
         record |= {"guard": self._guard.factor, "collapse": reasons}
         self.semi_history.append(record)
         if self.local_rank != 0:

@@ -130,6 +130,8 @@ def test_the_second_stage_of_a_cascade_is_refused(make_dataset):
 def test_the_weight_grows_over_the_ramp_and_the_guard_lowers_it(make_dataset):
     trainer = make_dataset().trainer(num_epochs=10, unlabelled_ramp=0.5, unlabelled_weight=2.0)
     trainer.initialize()
+    assert trainer.current_weight() == 0, "nothing is known of the teacher yet"
+    trainer._guard.known = 1.0
     weights = []
     for step in range(31):
         trainer._step = step
@@ -139,6 +141,8 @@ def test_the_weight_grows_over_the_ramp_and_the_guard_lowers_it(make_dataset):
     assert weights[15:] == [2.0] * 16
     trainer._guard.factor = 0.25
     assert trainer.current_weight() == 0.5
+    trainer._guard.known = 0.5
+    assert trainer.current_weight() == 0.25
 
 
 def test_a_collapse_is_said_in_the_log_and_lowers_the_weight(make_dataset):
@@ -148,6 +152,7 @@ def test_a_collapse_is_said_in_the_log_and_lowers_the_weight(make_dataset):
     trainer.on_train_epoch_start()
     background = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
     trainer._sums.add_pseudo_labels(background, background == 0)
+    trainer._sums.add_labelled(background + 1, background + 1, background + 1)
     trainer.on_train_epoch_end([{"loss": np.array(1.0)}])
     assert "WARNING: class a vanishes from the pseudo-labels" in Path(trainer.log_file).read_text()
     assert trainer.current_weight() == 0.5
@@ -201,6 +206,7 @@ def test_the_gradients_are_those_of_the_sum_of_both_losses(cls, make_dataset, mo
     np.random.seed(0)  # noqa: NPY002
     trainer = make_dataset().trainer(cls, unlabelled_weight=0.7, unlabelled_ramp=0.0, confidence_threshold=0.4)
     trainer.on_train_start()
+    trainer._guard.known = 1.0
     trainer.on_train_epoch_start()
     batch = next(trainer.dataloader_train)
     strong, labels = trainer._strong_batch(trainer._stream.batches[0])
