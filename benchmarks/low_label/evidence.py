@@ -168,9 +168,13 @@ def page(out: Path, target: Path) -> str:
 
 
 def _folders(out: Path) -> list[Path]:
-    """Results of all tasks, those of the studies with a test before those of trials."""
+    """Results of all tasks, those on test patients before the others, and trials last."""
     found = {file.parents[2] for file in out.glob("*/*/runs/*/*.json")}
-    return sorted(found, key=lambda folder: (told(folder.parent.name).baseline != PLAIN, folder))
+
+    def order(folder: Path) -> tuple[bool, bool, Path]:
+        return told(folder.parent.name).baseline != PLAIN, not (folder / "runs" / "test").is_dir(), folder
+
+    return sorted(found, key=order)
 
 
 def _latest(folder: Path) -> report.Results:
@@ -189,18 +193,19 @@ def in_short(studies: Sequence[report.Results]) -> str:
         if results.baseline != PLAIN:
             continue
         task, count = results.runs[0]["setting"]["task"], len(set(results.runs[0]["patient_of"].values()))
-        lines.append(f"**{task['data'].partition('_')[2]}**, {count} {results.on} patients, mean Dice:\n")
         cells = [cell for cell in results.cells() if "dice" in cell.metrics]
+        sentences = []
         for labelled in dict.fromkeys(cell.labelled for cell in cells):
-            own = {cell.arm: cell for cell in cells if cell.labelled == labelled}
-            lines += _sentences(labelled, own)
-        lines.append("")
+            sentences += _sentences(labelled, {cell.arm: cell for cell in cells if cell.labelled == labelled})
+        if sentences:
+            data = task["data"].partition("_")[2]
+            lines += [f"**{data}**, {count} {results.on} patients (`{results.study}`), mean Dice:\n", *sentences, ""]
     return "\n".join(lines)
 
 
 def _sentences(labelled: int | str, cells: Mapping[str, report.Cell]) -> list[str]:
     """One list item for a number of labelled patients: plain nnU-Net, and how far the others are from it."""
-    if PLAIN not in cells:
+    if PLAIN not in cells or len(cells) == 1:
         return []
     parts = []
     for arm, what in WORDS.items():

@@ -38,7 +38,7 @@ def load(tmp_path: Path, change: Callable[[dict[str, Any]], object] = lambda blo
     return config.load(file)
 
 
-@pytest.mark.parametrize("name", ["acdc", "acdc_objectives", "openkbp", "gpu", "smoke"])
+@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.json")))
 def test_committed_configs_are_valid_and_have_the_baseline(name: str) -> None:
     study = config.load(FOLDER / f"{name}.json")
     assert study.name == name

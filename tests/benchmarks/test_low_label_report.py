@@ -126,7 +126,7 @@ def test_evidence_shows_each_study_by_itself_and_the_test_if_there_is_one(result
     page = tmp_path / "docs" / "evidence.md"
     evidence.write_evidence(results, page)
     text = page.read_text()
-    _, _, cpu, gpu, *unmeasured = text.split("## ")[1:]
+    _, _, gpu, cpu, *unmeasured = text.split("## ")[1:]
     assert all("Not measured yet." in part for part in unmeasured)
     assert cpu.startswith("cpu: heart")
     assert "**not a test result**" in cpu
@@ -258,6 +258,20 @@ def test_the_page_begins_with_sentences_whose_numbers_are_those_of_the_table(tmp
     assert line.startswith("- 2 labelled patients: plain nnU-Net 0.300; with unlabelled scans")
     assert "+0.100 (+0.100 to +0.100); KAF, pretrained +0.010 (" in line
     assert line.count("not clearly different") == 1
+    assert "5 validation patients (`cpu`), mean Dice:" in evidence.in_short([found])
+
+
+def test_an_arm_alone_makes_no_sentence(tmp_path: Path) -> None:
+    write(tmp_path, document("plain", 2, 0, BASE))
+    found = report.load(tmp_path / "cpu" / "heart", "validation")
+    assert found is not None
+    assert evidence.in_short([found]) == evidence.IN_SHORT
+
+
+def test_studies_with_a_test_come_first(tmp_path: Path) -> None:
+    write(tmp_path, document("plain", 2, 0, BASE, study="a"), document("plain", 2, 0, BASE, study="b", on="test"))
+    page = evidence.page(tmp_path, tmp_path / "page.md")
+    assert page.index("## b: heart") < page.index("## a: heart")
 
 
 def test_curves_are_held_against_collapse(tmp_path: Path) -> None:
