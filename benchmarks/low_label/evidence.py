@@ -140,14 +140,14 @@ def write_readme(out: Path, target: Path) -> None:
 
 
 def results_table(out: Path) -> str:
-    """Markdown table of all studies that compare with plain nnU-Net, on test patients once they were used."""
+    """Markdown table of the studies that compare with plain nnU-Net on test patients; of all of them if none does."""
+    found = [results for results in map(_latest, _folders(out)) if results.baseline == PLAIN]
+    tested = [results for results in found if results.on == "test"]
     tasks = {}
-    for folder in _folders(out):
-        results = _latest(folder)
-        if results.baseline == PLAIN:
-            task, count = results.runs[0]["setting"]["task"], len(set(results.runs[0]["patient_of"].values()))
-            name = f"{task['data'].partition('_')[2]} `{task['configuration']}`, {count} {results.on} patients"
-            tasks[name] = results.cells()
+    for results in tested or found:
+        task, count = results.runs[0]["setting"]["task"], len(set(results.runs[0]["patient_of"].values()))
+        name = f"{task['data'].partition('_')[2]} `{task['configuration']}`, {count} {results.on} patients"
+        tasks[name] = results.cells()
     return report.summary(tasks, SHOWN)
 
 
@@ -216,7 +216,8 @@ def _sentences(labelled: int | str, cells: Mapping[str, report.Cell]) -> list[st
         clear = "" if mean.low > 0 or mean.high < 0 else ", not clearly different"
         parts.append(f"{what} {mean.value:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}{clear})")
     plain = cells[PLAIN].metrics["dice"].value
-    return [f"- {labelled} labelled patients: plain nnU-Net {plain:.3f}; " + "; ".join(parts) + "."]
+    once = ", one training of each (chance in it is not part of the intervals)" if cells[PLAIN].draws == 1 else ""
+    return [f"- {labelled} labelled patients{once}: plain nnU-Net {plain:.3f}; " + "; ".join(parts) + "."]
 
 
 def _unmeasured(out: Path) -> list[str]:

@@ -158,25 +158,27 @@ def summary(tasks: Mapping[str, Sequence[Cell]], arms: Sequence[str]) -> str:
 
     Args:
         tasks: Cells of each task, by its name.
-        arms: Columns, the baseline first; the difference is that of the last one to it. A line has the first and the
-            last of them at least.
+        arms: Columns, the baseline first; the others with their difference to it, bold if its interval is without 0.
+            Columns and lines without any comparison are left out.
     """
     _, plain, signed = METRICS["dice"]
-    rows = []
+    lines: list[tuple[list[str], dict[str, str]]] = []
     for name, cells in tasks.items():
-        found = {(cell.labelled, cell.arm): cell for cell in cells}
+        found = {(cell.labelled, cell.arm): cell for cell in cells if "dice" in cell.metrics}
         for labelled in dict.fromkeys(cell.labelled for cell in cells):
-            own = [found.get((labelled, arm)) for arm in arms]
-            last = own[-1]
-            if own[0] is None or last is None:
-                continue
-            difference = _interval(last.differences["dice"].mean, signed)
-            values = ["" if cell is None else plain.format(cell.metrics["dice"].value) for cell in own]
-            rows.append([name, str(labelled), *values, difference])
-    return markdown(
-        ["data", "labelled patients", *(f"`{arm}`" for arm in arms), f"`{arms[-1]}` minus `{arms[0]}` (95 % interval)"],
-        rows,
-    )
+            own = {arm: found[labelled, arm] for arm in arms if (labelled, arm) in found}
+            texts = {arm: plain.format(cell.metrics["dice"].value) for arm, cell in own.items()}
+            for arm, cell in own.items():
+                if "dice" in cell.differences:
+                    mean = cell.differences["dice"].mean
+                    difference = signed.format(mean.value)
+                    clear = mean.low > 0 or mean.high < 0
+                    texts[arm] += f" (**{difference}**)" if clear else f" ({difference})"
+            if arms[0] in texts and len(texts) > 1:
+                lines.append(([name, str(labelled)], texts))
+    shown = [arm for arm in arms if any(arm in texts for _, texts in lines)]
+    rows = [[*head, *(texts.get(arm, "") for arm in shown)] for head, texts in lines]
+    return markdown(["data", "labelled patients", *(f"`{arm}`" for arm in shown)], rows)
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -236,13 +236,30 @@ def test_the_readme_has_the_results_of_all_studies(tmp_path: Path) -> None:
         evidence.write_readme(RESULTS, copy)
 
 
-def test_the_readme_shows_complete_lines_only(results: Path) -> None:
-    found = report.load(results / "cpu" / "heart", "validation", ["plain", "kaf"])
+def test_the_readme_shows_what_is_compared_only(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        document("plain", 2, 0, BASE),
+        document("kaf", 2, 0, [d + 0.3 for d in BASE]),
+        document("semi", 2, 0, [d + e for d, e in zip(BASE, (0.1, -0.1, 0.1, -0.1, 0.1), strict=True)]),
+        document("plain", "all", 0, BASE),
+    )
+    found = report.load(tmp_path / "cpu" / "heart", "validation")
     assert found is not None
-    lines = report.summary({"Heart": found.cells()}, ["plain", "kaf"]).splitlines()
-    assert [line.split("|")[1:3] for line in lines[2:]] == [[" Heart ", " 2 "]]
-    lines = report.summary({"Heart": found.cells()}, ["plain", "semi", "kaf"]).splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")[3:6]] == ["0.3500", "", "0.6000"], "arms between may lack"
+    lines = report.summary({"Heart": found.cells()}, ["plain", "semi", "kaf_semi", "kaf"]).splitlines()
+    assert lines[0] == "| data | labelled patients | `plain` | `semi` | `kaf` |"
+    assert lines[2:] == ["| Heart | 2 | 0.3000 | 0.3200 (+0.0200) | 0.6000 (**+0.3000**) |"]
+
+
+def test_the_readme_prefers_test_patients(tmp_path: Path) -> None:
+    for study, on in (("a", "validation"), ("b", "test")):
+        write(
+            tmp_path,
+            document("plain", 2, 0, BASE, study=study, on=on),
+            document("semi", 2, 0, BASE, study=study, on=on),
+        )
+    (line,) = evidence.results_table(tmp_path).splitlines()[2:]
+    assert "5 test patients" in line
 
 
 def test_the_page_begins_with_sentences_whose_numbers_are_those_of_the_table(tmp_path: Path) -> None:
@@ -255,7 +272,8 @@ def test_the_page_begins_with_sentences_whose_numbers_are_those_of_the_table(tmp
     found = report.load(tmp_path / "cpu" / "heart", "validation")
     assert found is not None
     (line,) = [line for line in evidence.in_short([found]).splitlines() if line.startswith("- ")]
-    assert line.startswith("- 2 labelled patients: plain nnU-Net 0.300; with unlabelled scans")
+    once = "one training of each (chance in it is not part of the intervals)"
+    assert line.startswith(f"- 2 labelled patients, {once}: plain nnU-Net 0.300; with unlabelled scans")
     assert "+0.100 (+0.100 to +0.100); KAF, pretrained +0.010 (" in line
     assert line.count("not clearly different") == 1
     assert "5 validation patients (`cpu`), mean Dice:" in evidence.in_short([found])
