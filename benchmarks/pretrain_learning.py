@@ -33,11 +33,14 @@ from pretraining.monitoring.monitor import MONITORED
 
 LOGGER = logging.getLogger("pretrain_learning")
 RESULT = Path(__file__).parent / "results" / "pretrain_learning.json"
+_LOCAL = ("--weight-bottleneck", "0", "--weight-keypoints", "0", "--weight-transport", "0")
 ARMS = {
-    **{preset: (preset, "kaf") for preset in ("kaf", "simclr", "gcl", "pcl")},
-    **{f"{preset}_plain": (preset, "plain") for preset in ("simclr", "gcl", "pcl")},
+    **{preset: (preset, "kaf", ()) for preset in ("kaf", "simclr", "gcl", "pcl")},
+    **{f"{preset}_plain": (preset, "plain", ()) for preset in ("simclr", "gcl", "pcl")},
+    "local": ("kaf", "kaf", _LOCAL),
+    "local_unmatched": ("kaf", "kaf", (*_LOCAL, "--ambiguous", "unmatched")),
 }
-"""Preset and network of every arm."""
+"""Preset, network and further options of every arm."""
 SCHEDULES = {
     2: {"epochs": 5, "iterations": 100, "batch_size": 8},
     3: {"epochs": 5, "iterations": 50, "batch_size": 4},
@@ -90,7 +93,7 @@ def run(args: argparse.Namespace, further: Sequence[str]) -> dict[str, Any]:
             if args.finished and not (folder / FINAL).is_file():
                 continue
             finish(command(args, configuration, arm, folder, further), folder)
-            preset, network = ARMS[arm]
+            preset, network, _ = ARMS[arm]
             runs.append(
                 {"configuration": configuration, "arm": arm, "preset": preset, "network": network, **report(folder)}
             )
@@ -111,7 +114,7 @@ def run(args: argparse.Namespace, further: Sequence[str]) -> dict[str, Any]:
 
 def command(args: argparse.Namespace, configuration: str, arm: str, folder: Path, further: Sequence[str]) -> list[str]:
     """The arguments of kaf-pretrain for a run; those of the user come last and win."""
-    preset, network = ARMS[arm]
+    preset, network, options = ARMS[arm]
     schedule = {
         name: value if getattr(args, name) is None else getattr(args, name)
         for name, value in SCHEDULES[2 if configuration.startswith("2d") else 3].items()
@@ -121,6 +124,7 @@ def command(args: argparse.Namespace, configuration: str, arm: str, folder: Path
         *("--preset", preset, "--network", network, "--seed", str(args.seed)),
         *(text for name, value in schedule.items() for text in (f"--{name.replace('_', '-')}", str(value))),
         *("--device", args.device, "--num-workers", str(args.num_workers), "--output", str(folder), "--continue"),
+        *options,
         *further,
     ]  # fmt: skip
 
@@ -193,7 +197,7 @@ def table(document: Mapping[str, Any]) -> str:
     """Markdown table of the results; numbers change from the first epoch, or from before training, to the end."""
     header = [
         "configuration",
-        "preset",
+        "arm",
         "network",
         "loss",
         "recall at 1 (%)",
@@ -207,7 +211,7 @@ def table(document: Mapping[str, Any]) -> str:
         metrics = one["metrics"]
         rows.append(
             [
-                *(f"`{one[name]}`" for name in ("configuration", "preset", "network")),
+                *(f"`{one[name]}`" for name in ("configuration", "arm", "network")),
                 "<br>".join(
                     f"{name} {change(values, '.3f')}" for name, values in one["loss"].items() if name != "total"
                 ),

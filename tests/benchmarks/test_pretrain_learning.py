@@ -116,6 +116,13 @@ def test_results_of_finished_runs_alone(bench: Run, calls: list[list[str]]) -> N
     assert len(calls) == 1
 
 
+def test_arms_of_the_local_loss_differ_in_their_negatives_alone() -> None:
+    args = pretrain_learning.parser().parse_args(["--dataset", "1", "--work", "w"])
+    ours, paper = (pretrain_learning.command(args, "2d", arm, Path("f"), []) for arm in ("local", "local_unmatched"))
+    assert paper == [*ours, "--ambiguous", "unmatched"]
+    assert ours[ours.index("--weight-bottleneck") + 1] == "0"
+
+
 def test_schedule_depends_on_the_configuration() -> None:
     args = pretrain_learning.parser().parse_args(["--dataset", "1", "--work", "w", "--epochs", "7"])
     flat, deep = (pretrain_learning.command(args, c, "pcl_plain", Path("f"), []) for c in ("2d", "3d_fullres"))
@@ -130,6 +137,7 @@ def test_table_shows_changes_and_gaps() -> None:
     pair = {"before": 0.25, "after": 0.5}
     run = {
         "configuration": "2d",
+        "arm": "kaf",
         "preset": "kaf",
         "network": "kaf",
         "loss": {
