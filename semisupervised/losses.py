@@ -24,20 +24,22 @@ class PseudoLabels(NamedTuple):
     sure: Tensor
 
 
-def pseudo_labels(logits: Tensor, threshold: float, regions: bool) -> PseudoLabels:
-    """Label voxels by the teacher's output.
+def hard_labels(logits: Tensor, regions: bool) -> tuple[Tensor, Tensor]:
+    """The labels that an output stands for.
 
     Args:
         logits: (B, C, *S) classes, or (B, R, *S) regions.
-        threshold: Smallest probability of the label (for a region: of it or of its absence) of a sure voxel.
         regions: Whether the outputs are regions, which may overlap, instead of classes.
+
+    Returns:
+        Labels as `PseudoLabels.target`, and their probabilities, of the same shape; for a region the probability of it
+        or of its absence.
     """
     if regions:
         probability = torch.sigmoid(logits.float())
-        target = (probability > 0.5).float()
-        return PseudoLabels(target, torch.maximum(probability, 1 - probability) >= threshold)
+        return (probability > 0.5).float(), torch.maximum(probability, 1 - probability)
     confidence, target = torch.softmax(logits.float(), 1).max(1, keepdim=True)
-    return PseudoLabels(target, confidence >= threshold)
+    return target, confidence
 
 
 class UnlabelledLoss(nn.Module):

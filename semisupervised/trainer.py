@@ -22,12 +22,13 @@ from nnunetv2_kaf.schedule import schedule_variant
 from nnunetv2_kaf.trainer import nnUNetTrainerKAF, unwrapped
 from semisupervised.guard import EpochSums, Guard
 from semisupervised.history import foreground_names, log_lines, write_history
-from semisupervised.losses import PseudoLabels, UnlabelledLoss, pseudo_labels
+from semisupervised.losses import PseudoLabels, UnlabelledLoss, hard_labels
 from semisupervised.options import check_options
 from semisupervised.quick_norm import quicken_norms
 from semisupervised.step import UnlabelledFirst, strong_batch
 from semisupervised.strong import StrongAugmentation
 from semisupervised.teacher import Teacher
+from semisupervised.thresholds import Thresholds
 from semisupervised.trainer_data import TrainerWithUnlabelledImages
 from semisupervised.unlabelled import Unlabelled
 
@@ -51,7 +52,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     A subclass may set, as class attributes or in its `__init__`:
 
     Attributes:
-        confidence_threshold: Smallest probability of the teacher's label of a voxel that the network learns.
+        confidence_threshold: Smallest probability of the teacher's label of a voxel that the network learns, for the
+            class that the teacher is surest of; lower for the others, see `semisupervised.thresholds`.
         teacher_decay: Share of the teacher's old weights that stays in each step; the first steps average less.
         unlabelled_weight: Weight of the unlabelled loss after the ramp-up, times what the teacher knows: its Dice on
             the labelled training patches of the epoch before. The labelled loss has 1.
@@ -100,6 +102,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         classes = foreground_names(self.label_manager)
         self._guard = Guard(classes)
         self._sums = EpochSums(len(classes), self.device)
+        outputs = self.label_manager.num_segmentation_heads
+        self._thresholds = Thresholds(self.confidence_threshold, outputs, self._regions, self.device)
         weights = getattr(self.loss, "weight_factors", (1.0,))
         batch_dice = self.configuration_manager.batch_dice
         self._unlabelled_loss = UnlabelledLoss(self._regions, batch_dice, self.is_ddp, weights)
@@ -122,6 +126,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             "teacher": self._teacher.state_dict(),
             "seed": self.semi_seed,
             "guard": self._guard.state_dict(),
+            "thresholds": self._thresholds.state_dict(),
             "history": self.semi_history,
             "unlabelled": self._unlabelled.state_dict(),
         }
@@ -142,6 +147,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         if restored is not None:
             self.semi_seed = restored["seed"]
             self._guard.load_state_dict(restored["guard"])
+            self._thresholds.load_state_dict(restored["thresholds"])
             self.semi_history = list(restored["history"])
             self._unlabelled = Unlabelled.from_state(restored["unlabelled"])
         else:
@@ -170,7 +176,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         assert self._stream is not None, "on_train_start() opens it"
         strong, labels = self._strong_batch(next(self._stream))
         image = batch["data"].to(self.device, non_blocking=True)
-        check = self._label(image) if self._step % self.guard_every == 0 else None
+        check = self._hard_labels(self._teach(image)) if self._step % self.guard_every == 0 else None
         network = self.network
         self.network = twice = UnlabelledFirst(network, partial(self._learn, strong, labels))
         try:
@@ -183,8 +189,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         if check is not None and twice.output is not None:
             target = batch["target"]
             reference = (target[0] if isinstance(target, (list, tuple)) else target).to(self.device)
-            student = pseudo_labels(twice.output, 0.0, self._regions).target
-            self._sums.add_labelled(check.target, student, reference)
+            self._sums.add_labelled(check, self._hard_labels(twice.output), reference)
         self._step += 1
         return out
 
@@ -199,18 +204,20 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
                 (weighted if self.grad_scaler is None else self.grad_scaler.scale(weighted)).backward()
         self._learned = loss.detach()
 
-    def _label(self, image: Tensor) -> PseudoLabels:
-        """The teacher's labels of a batch (B, C, *S)."""
+    def _teach(self, image: Tensor) -> Tensor:
+        """The teacher's logits of a batch (B, C, *S)."""
         assert self._teacher is not None
         with autocast(self.device.type, torch.float16 if self.device.type == "cuda" else None):  # as nnU-Net's own
-            logits = self._teacher(image)
-        return pseudo_labels(logits, self.confidence_threshold, self._regions)
+            return self._teacher(image)
+
+    def _hard_labels(self, logits: Tensor) -> Tensor:
+        return hard_labels(logits, self._regions)[0]
 
     def _strong_batch(self, unlabelled: dict[str, Any]) -> tuple[Tensor, PseudoLabels]:
         """The patches as the network sees them, (m, C, *S), and their labels by the teacher, who sees the weak view."""
         weak = unlabelled["data"].to(self.device, non_blocking=True)
         masked = [i for i, use in enumerate(self.configuration_manager.use_mask_for_norm) if use]
-        return strong_batch(weak, self._label(weak), unlabelled, masked, self._flat_axis)
+        return strong_batch(weak, self._thresholds.label(self._teach(weak)), unlabelled, masked, self._flat_axis)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """See nnU-Net; judges the teacher, and records what it does."""
@@ -218,6 +225,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         record = {"epoch": self.current_epoch, "weight": self.current_weight(), **self._sums.finish(self.is_ddp)}
         learned = self.current_epoch + 1 > self.unlabelled_ramp * self.num_epochs
         reasons = self._guard.judge(record["shares"], record["known"], record["agreement"], learned)
+        self._thresholds.next_epoch(self.is_ddp)
+        record |= {"thresholds": self._thresholds.values.tolist()}
         record |= {"guard": self._guard.factor, "collapse": reasons}
         self.semi_history.append(record)
         if self.local_rank != 0:

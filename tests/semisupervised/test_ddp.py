@@ -76,6 +76,8 @@ def train(folder: Path, configuration: str, batch_dice: bool, rank: int, ranks: 
         trainer.train_step(part)
     network = getattr(trainer.network, "module", trainer.network)
     record = trainer._sums.finish(trainer.is_ddp)
+    trainer._thresholds.next_epoch(trainer.is_ddp)
+    record["thresholds"] = trainer._thresholds.values.tolist()[0]
     return {"network": network.state_dict(), "teacher": trainer._teacher.state_dict(), "record": record}
 
 
@@ -120,8 +122,10 @@ def test_two_processes_equal_one(dims, batch_dice, make_dataset, tmp_path):
                 torch.testing.assert_close(result[key][name], tensor, atol=2e-5, rtol=1e-4, msg=f"{rank} {key} {name}")
         assert result["record"]["sure"] == pytest.approx(alone["record"]["sure"], abs=1e-4)
         assert result["record"]["shares"] == pytest.approx(alone["record"]["shares"], abs=1e-4)
+        assert result["record"]["thresholds"] == pytest.approx(alone["record"]["thresholds"], abs=1e-5)
         for key in ("agreement", "known"):
             assert result["record"][key] == pytest.approx(alone["record"][key], abs=1e-3)
+    assert len({round(value, 4) for value in alone["record"]["thresholds"]}) > 1
     assert alone["record"]["sure"] > 0.1, "the comparison must include unlabelled voxels"
 
 

@@ -3,21 +3,27 @@ import math
 import pytest
 import torch
 
-from semisupervised.losses import PseudoLabels, UnlabelledLoss, at_resolution, pseudo_labels
+from semisupervised.losses import PseudoLabels, UnlabelledLoss, at_resolution, hard_labels
 
 
 def logits(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 3
 
 
-def test_only_confident_voxels_are_sure():
-    probability = torch.tensor([[0.96, 0.04], [0.5, 0.5], [0.2, 0.8]]).log().T[None, :, :, None]
-    labels = pseudo_labels(probability, 0.95, regions=False)
-    assert labels.target[0, 0, :, 0].tolist()[0::2] == [0, 1]
-    assert labels.sure[0, 0, :, 0].tolist() == [True, False, False]
-    region = pseudo_labels(torch.tensor([4.0, -4.0, 0.1]).view(1, 1, 3, 1), 0.95, regions=True)
-    assert region.target.flatten().tolist() == [1, 0, 1]
-    assert region.sure.flatten().tolist() == [True, True, False]
+def pseudo_labels(output: torch.Tensor, threshold: float, regions: bool) -> PseudoLabels:
+    target, probability = hard_labels(output, regions)
+    return PseudoLabels(target, probability >= threshold)
+
+
+def test_labels_are_the_likeliest_ones_with_their_probability():
+    probabilities = torch.tensor([[0.96, 0.04], [0.6, 0.4], [0.2, 0.8]])
+    target, probability = hard_labels(probabilities.log().T[None, :, :, None], regions=False)
+    assert target[0, 0, :, 0].tolist() == [0, 0, 1]
+    assert target.dtype == torch.int64
+    torch.testing.assert_close(probability[0, 0, :, 0], torch.tensor([0.96, 0.6, 0.8]))
+    target, probability = hard_labels(torch.tensor([0.9, 0.3]).logit().view(1, 2, 1, 1), regions=True)
+    assert target.flatten().tolist() == [1, 0]
+    torch.testing.assert_close(probability.flatten(), torch.tensor([0.9, 0.7]))
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (3, 4, 5)])
