@@ -11,34 +11,38 @@ from torch import distributed as dist
 
 from semisupervised.losses import PseudoLabels, hard_labels
 
+BINS = 100
+"""Of the probabilities from 0 to 1, in which the voxels of every class are counted."""
+LEARNED = 0.5
+"""At least this share of the voxels that the teacher gives to a class is learned."""
+
 
 class Thresholds:
     """The smallest probability of a label that is learned, for every class; set anew after every epoch.
 
-    The surest class, nearly always the background, keeps the highest threshold. That of another class is lower by as
-    much as the teacher's mean probability of its labels is lower. With one threshold for all, the voxels of a class
-    that is hard to tell are never learned, while the background around them is, which teaches the network that the
-    class is not there. The form is that of FreeMatch (Wang et al., ICLR 2023) with a fixed highest threshold.
+    It is `highest`, unless fewer than half of the voxels that the teacher gave to the class in the last epoch reach
+    that; then it is as low as half of them need. With one threshold for all, the voxels of a class that is hard to tell
+    are never learned, while the background around them is, which teaches the network that the class is not there.
+    Thresholds by class are those of FlexMatch (Zhang et al., NeurIPS 2021) and FreeMatch (Wang et al., ICLR 2023); here
+    they are quantiles.
 
-    For regions the two labels are its presence and its absence, region by region.
+    For regions the two labels are absence and presence, region by region.
 
     Args:
-        highest: Threshold of the surest class.
+        highest: Threshold of the classes that the teacher is sure of, and of all in the first epoch.
         outputs: Channels C of the network's output, or R regions.
         regions: Whether the outputs are regions, which may overlap, instead of classes.
         device: Of the outputs.
+
+    Attributes:
+        values: (C,) of the classes; (2 R,) of absence and presence of the first region, of the second, and so on.
     """
 
     def __init__(self, highest: float, outputs: int, regions: bool, device: torch.device) -> None:
         self.highest, self.regions = highest, regions
-        self._shape = (outputs, 2) if regions else (1, outputs)
-        self._means = torch.ones(self._shape, device=device)
-        self._sums = torch.zeros(2, *self._shape, device=device)
-
-    @property
-    def values(self) -> Tensor:
-        """(R, 2), absent and present, for regions; (1, C) for classes."""
-        return self.highest * self._means / self._means.max(1, keepdim=True).values
+        labels = 2 * outputs if regions else outputs
+        self.values = torch.full((labels,), highest, device=device)
+        self._counts = torch.zeros(labels, BINS, device=device)
 
     @torch.no_grad()
     def label(self, logits: Tensor) -> PseudoLabels:
@@ -48,27 +52,31 @@ class Thresholds:
             logits: (B, C, *S) classes, or (B, R, *S) regions.
         """
         target, probability = hard_labels(logits, self.regions)
-        needed = torch.empty_like(probability)
-        for i, of_output in enumerate(self.values):
-            needed[:, i] = of_output[target[:, i].long()]
-            for k in range(self._shape[1]):
-                chosen = target[:, i] == k
-                self._sums[0, i, k] += (probability[:, i] * chosen).sum()
-                self._sums[1, i, k] += chosen.sum()
-        return PseudoLabels(target, probability >= needed)
+        which = target.long()
+        if self.regions:
+            which = which + 2 * torch.arange(which.shape[1], device=which.device).view(-1, *[1] * (which.ndim - 2))
+        place = which * BINS + (probability * BINS).long().clamp(0, BINS - 1)
+        # whole numbers: the order of the sum does not matter
+        counts = torch.zeros(self._counts.numel(), dtype=torch.int32, device=place.device)
+        counts.scatter_add_(0, place.flatten(), torch.ones_like(place, dtype=torch.int32).flatten())
+        self._counts += counts.view_as(self._counts)
+        return PseudoLabels(target, probability >= self.values[which])
 
     def next_epoch(self, ddp: bool) -> None:
         """Set the thresholds by what was counted, over all processes; a label that was not given keeps its own."""
         if ddp:
-            dist.all_reduce(self._sums)
-        total, count = self._sums
-        self._means = torch.where(count > 0, total / count.clamp_min(1), self._means)
-        self._sums = torch.zeros_like(self._sums)
+            dist.all_reduce(self._counts)
+        at_least = self._counts.flip(1).cumsum(1).flip(1)
+        given = at_least[:, 0]
+        enough = at_least >= LEARNED * given[:, None]  # true up to the bin that is looked for
+        found = (enough.sum(1) - 1) / BINS
+        self.values = torch.where(given > 0, found.clamp_max(self.highest), self.values)
+        self._counts = torch.zeros_like(self._counts)
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued training needs, after an epoch; primitives."""
-        return {"means": self._means.tolist()}
+        return {"values": self.values.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state saved by `state_dict`."""
-        self._means = torch.tensor(state["means"], device=self._means.device)
+        self.values = torch.tensor(state["values"], device=self.values.device)

@@ -77,7 +77,7 @@ def train(folder: Path, configuration: str, batch_dice: bool, rank: int, ranks: 
     network = getattr(trainer.network, "module", trainer.network)
     record = trainer._sums.finish(trainer.is_ddp)
     trainer._thresholds.next_epoch(trainer.is_ddp)
-    record["thresholds"] = trainer._thresholds.values.tolist()[0]
+    record["thresholds"] = trainer._thresholds.values.tolist()
     return {"network": network.state_dict(), "teacher": trainer._teacher.state_dict(), "record": record}
 
 
