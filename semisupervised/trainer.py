@@ -52,8 +52,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     A subclass may set, as class attributes or in its `__init__`:
 
     Attributes:
-        confidence_threshold: Smallest probability of the teacher's label of a voxel that the network learns, for the
-            class that the teacher is surest of; lower for the others, see `semisupervised.thresholds`.
+        confidence_threshold: Smallest probability of the teacher's label of a voxel that the network learns; lower for
+            a class of which it would leave out more than half, see `semisupervised.thresholds`.
         teacher_decay: Share of the teacher's old weights that stays in each step; the first steps average less.
         unlabelled_weight: Weight of the unlabelled loss after the ramp-up, times what the teacher knows: its Dice on
             the labelled training patches of the epoch before. The labelled loss has 1.
@@ -226,8 +226,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         learned = self.current_epoch + 1 > self.unlabelled_ramp * self.num_epochs
         reasons = self._guard.judge(record["shares"], record["known"], record["agreement"], learned)
         self._thresholds.next_epoch(self.is_ddp)
-        record |= {"thresholds": self._thresholds.values.tolist()}
-        record |= {"guard": self._guard.factor, "collapse": reasons}
+        thresholds = self._thresholds.values.tolist()
+        record |= {"thresholds": thresholds, "guard": self._guard.factor, "collapse": reasons}
         self.semi_history.append(record)
         if self.local_rank != 0:
             return
