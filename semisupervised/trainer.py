@@ -71,7 +71,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     unlabelled_weight: float = 1.0
     unlabelled_ramp: float = 0.2
     unlabelled_share: float = 1.0
-    cutmix_probability: float = 0.5
+    cutmix_probability: float = 1.0
     strong_augmentation: StrongAugmentation = StrongAugmentation()
     predict_with: str = "student"
     guard_every: int = 25
