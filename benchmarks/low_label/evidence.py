@@ -145,8 +145,10 @@ def results_table(out: Path) -> str:
     tested = [results for results in found if results.on == "test"]
     tasks = {}
     for results in tested or found:
-        task, count = results.runs[0]["setting"]["task"], len(set(results.runs[0]["patient_of"].values()))
-        name = f"{task['data'].partition('_')[2]} `{task['configuration']}`, {count} {results.on} patients"
+        run = results.runs[0]
+        task, count = run["setting"]["task"], len(set(run["patient_of"].values()))
+        data = task["data"].partition("_")[2]
+        name = f"{data} `{task['configuration']}`, {count} {results.on} patients (`{results.study}`)"
         tasks[name] = results.cells()
     return report.summary(tasks, SHOWN)
 

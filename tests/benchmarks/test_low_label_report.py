@@ -262,6 +262,14 @@ def test_the_readme_prefers_test_patients(tmp_path: Path) -> None:
     assert "5 test patients" in line
 
 
+def test_the_readme_shows_all_studies_of_a_dataset(tmp_path: Path) -> None:
+    for study in ("a", "b"):
+        write(tmp_path, document("plain", 2, 0, BASE, study=study), document("semi", 2, 0, BASE, study=study))
+    lines = evidence.results_table(tmp_path).splitlines()[2:]
+    assert ["(`a`)" in line for line in lines] == [True, False]
+    assert ["(`b`)" in line for line in lines] == [False, True]
+
+
 def test_the_page_begins_with_sentences_whose_numbers_are_those_of_the_table(tmp_path: Path) -> None:
     write(
         tmp_path,
