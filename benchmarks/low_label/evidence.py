@@ -28,6 +28,7 @@ SHOWN = ("plain", "plain_pcl", "kaf_scratch", "kaf_all", "kaf_semi", "semi")
 """Arms of the table in the README."""
 WORDS = {
     "semi": "with unlabelled scans in the training (`nnUNetTrainerSemi`)",
+    "semi_tried": "with unlabelled scans in a variant of that training that was not kept (`semi_tried`)",
     "kaf_semi": "with them, KAF layers and pretraining (`nnUNetTrainerKAFSemi`)",
     "plain_pcl": "pretrained without KAF layers (`--network plain --preset pcl`)",
     "kaf_all": "KAF, pretrained",
@@ -217,6 +218,8 @@ def _sentences(labelled: int | str, cells: Mapping[str, report.Cell]) -> list[st
         mean = found.mean
         clear = "" if mean.low > 0 or mean.high < 0 else ", not clearly different"
         parts.append(f"{what} {mean.value:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}{clear})")
+    if not parts:
+        return []
     plain = cells[PLAIN].metrics["dice"].value
     once = ", one training of each (chance in it is not part of the intervals)" if cells[PLAIN].draws == 1 else ""
     return [f"- {labelled} labelled patients{once}: plain nnU-Net {plain:.3f}; " + "; ".join(parts) + "."]
