@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.precision import autocast
 from nnunetv2_kaf.schedule import schedule_variant
 from nnunetv2_kaf.trainer import nnUNetTrainerKAF, unwrapped
@@ -34,6 +35,7 @@ from semisupervised.unlabelled import Unlabelled
 
 STATE = "semisupervised"
 """Key of the teacher and the like in the optimiser's state of a checkpoint."""
+_ENTRIES = ("teacher", "seed", "guard", "thresholds", "history", "unlabelled")
 
 
 class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
@@ -134,6 +136,13 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
 
     def _take_state(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         self._restored = state.get(STATE)
+        lacking = [] if self._restored is None else [name for name in _ENTRIES if name not in self._restored]
+        if lacking:
+            raise KAFError(
+                f"the checkpoint's optimizer_state.{STATE}: found no {', '.join(lacking)}, expected "
+                f"{', '.join(_ENTRIES)}; "
+                "damaged, or of another version of nnunetv2-kaf. Continue with that version, or train again."
+            )
         return {key: value for key, value in state.items() if key != STATE}
 
     def on_train_start(self) -> None:

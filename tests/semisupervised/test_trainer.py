@@ -200,6 +200,18 @@ def test_the_final_checkpoint_holds_the_weights_that_predict(which, make_dataset
     assert equal == (which == "teacher")
 
 
+def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(make_dataset):
+    dataset = make_dataset()
+    trainer = dataset.trainer()
+    interrupted(trainer, 1)
+    file = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    content = torch.load(file, weights_only=False)
+    del content["optimizer_state"]["semisupervised"]["thresholds"]
+    torch.save(content, file)
+    with pytest.raises(KAFError, match=r"optimizer_state\.semisupervised: found no thresholds, expected teacher"):
+        dataset.trainer().load_checkpoint(str(file))
+
+
 @pytest.mark.parametrize("cls", BOTH)
 def test_the_gradients_are_those_of_the_sum_of_both_losses(cls, make_dataset, monkeypatch):
     torch.manual_seed(0)
