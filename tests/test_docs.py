@@ -147,6 +147,7 @@ TABLES = {
     "predict_time": PERFORMANCE,
     "scaling": PERFORMANCE,
     "semi_step_time": FEW_LABELS,
+    "pretrain_learning": OPTIONS,
 }
 
 
