@@ -35,6 +35,7 @@ from semisupervised.unlabelled import Unlabelled
 
 STATE = "semisupervised"
 """Key of the teacher and the like in the optimiser's state of a checkpoint."""
+# what `_add_state` writes there
 _ENTRIES = ("teacher", "seed", "guard", "thresholds", "history", "unlabelled")
 
 
@@ -139,9 +140,9 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         lacking = [] if self._restored is None else [name for name in _ENTRIES if name not in self._restored]
         if lacking:
             raise KAFError(
-                f"the checkpoint's optimizer_state.{STATE}: found no {', '.join(lacking)}, expected "
-                f"{', '.join(_ENTRIES)}; "
-                "damaged, or of another version of nnunetv2-kaf. Continue with that version, or train again."
+                f"the checkpoint's optimizer_state.{STATE}: found no {', '.join(lacking)}, expected all of "
+                f"{', '.join(_ENTRIES)}. It is damaged or of another version of nnunetv2-kaf: continue with that "
+                "version, or train again."
             )
         return {key: value for key, value in state.items() if key != STATE}
 
