@@ -208,7 +208,9 @@ def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(make_datase
     content = torch.load(file, weights_only=False)
     del content["optimizer_state"]["semisupervised"]["thresholds"]
     torch.save(content, file)
-    with pytest.raises(KAFError, match=r"optimizer_state\.semisupervised: found no thresholds, expected all of teacher"):
+    with pytest.raises(
+        KAFError, match=r"optimizer_state\.semisupervised: found no thresholds, expected all of teacher"
+    ):
         dataset.trainer().load_checkpoint(str(file))
 
 
