@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,11 @@ import torch
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.helpers import softmax_helper_dim1
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional
+
+SMOOTH = 0.04
+"""Smoothing of the Dice, as a share of the voxels that it is computed from."""
 
 
 class PseudoLabels(NamedTuple):
@@ -48,6 +53,11 @@ class UnlabelledLoss(nn.Module):
     The cross-entropy is the mean over all voxels, with zeros where the teacher is not sure (as in FixMatch, Sohn et
     al., NeurIPS 2020): it grows with the share of sure voxels.
 
+    The Dice is (2 overlap + s) / (sizes + s), with s = `SMOOTH` times the voxels. nnU-Net has nearly none of that
+    smoothing, which suits labels that are right. With it a handful of voxels that the teacher mistook for a rare
+    structure would weigh as much as a whole organ, while a structure that no voxel of the batch is labelled as would
+    not be unlearned; mistakes of the teacher would grow from step to step.
+
     Args:
         regions: Whether the outputs are regions.
         batch_dice: nnU-Net's option of the configuration.
@@ -63,7 +73,6 @@ class UnlabelledLoss(nn.Module):
             apply_nonlin=torch.sigmoid if regions else softmax_helper_dim1,
             batch_dice=batch_dice,
             do_bg=regions,
-            smooth=1e-5,
             ddp=ddp,
         )
 
@@ -86,9 +95,16 @@ class UnlabelledLoss(nn.Module):
             entropy = functional.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
         else:
             entropy = functional.cross_entropy(logits.float(), target[:, 0], reduction="none")[:, None]
-        dice: Tensor = self.dice(logits, target, loss_mask=sure)
         entropy = (entropy * sure).mean()
+        self.dice.smooth = SMOOTH * self._voxels_of_a_dice(logits)
+        dice: Tensor = self.dice(logits, target, loss_mask=sure)
         return entropy + dice
+
+    def _voxels_of_a_dice(self, logits: Tensor) -> int:
+        voxels = math.prod(logits.shape[2:])
+        if not self.dice.batch_dice:
+            return voxels
+        return voxels * logits.shape[0] * (dist.get_world_size() if self.dice.ddp else 1)
 
 
 def at_resolution(labels: PseudoLabels, shape: Sequence[int]) -> PseudoLabels:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from semisupervised.losses import PseudoLabels, UnlabelledLoss, at_resolution, hard_labels
+from semisupervised.losses import SMOOTH, PseudoLabels, UnlabelledLoss, at_resolution, hard_labels
 
 
 def logits(*shape: int) -> torch.Tensor:
@@ -45,9 +45,30 @@ def test_the_loss_is_that_of_a_naive_loop(shape):
                 guessed[c] += p
                 wanted[c] += c == wish
                 overlap[c] += p * (c == wish)
-    dice = sum((2 * overlap[c] + 1e-5) / (guessed[c] + wanted[c] + 1e-5) for c in (1, 2)) / 2
+    smooth = SMOOTH * count
+    dice = sum((2 * overlap[c] + smooth) / (guessed[c] + wanted[c] + smooth) for c in (1, 2)) / 2
     loss = UnlabelledLoss(regions=False, batch_dice=True, ddp=False)([output], labels)
     assert loss.item() == pytest.approx(entropy / count - dice, rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_few_voxels_of_a_class_weigh_little_whether_they_are_missed_or_too_many(batch_dice):
+    def dice(labelled: int, given: int) -> float:
+        """Dice of class 1 where the network gives it to the first voxels of 1600, without the cross-entropy."""
+        target = torch.zeros(1, 1, 40, 40, dtype=torch.int64)
+        target.view(-1)[:labelled] = 1
+        output = torch.zeros(1, 2, 40, 40)
+        output[:, 0].view(-1)[given:] = 50.0
+        output[:, 1].view(-1)[:given] = 50.0
+        labels = PseudoLabels(target, torch.ones_like(target, dtype=torch.bool))
+        entropy = torch.nn.functional.cross_entropy(output, target[:, 0])
+        return float(entropy - UnlabelledLoss(False, batch_dice, ddp=False)([output], labels))
+
+    assert dice(4, 4) == dice(0, 0) == pytest.approx(1)
+    assert 0.9 < dice(4, 0) < 1  # nnU-Net's is 0
+    assert dice(400, 0) < 0.2
+    assert 0.9 < dice(0, 4) < 1  # as wrong as to miss them; nnU-Net's is 0, whether there are 4 or 40
+    assert dice(0, 40) < 0.7
 
 
 def test_unsure_voxels_do_not_matter():
