@@ -11,25 +11,31 @@ from torch import distributed as dist
 
 from semisupervised.losses import PseudoLabels, hard_labels
 
-BINS = 100
-"""Of the probabilities from 0 to 1, in which the voxels of every class are counted."""
 LEARNED = 0.5
-"""At least this share of the voxels that the teacher gives to a class is learned."""
+"""At least this share of the voxels that the teacher gives to a structure is learned."""
+BACKGROUND_LEARNED = 0.95
+"""At most this share of the voxels that it gives to the background is."""
+LOWEST, STEP, BINS = -6.0, 0.1, 220
+"""The voxels of every label are counted in bins of the log odds of its probability, from `LOWEST` on."""
 
 
 class Thresholds:
     """The smallest probability of a label that is learned, for every class; set anew after every epoch.
 
-    It is `highest`, unless fewer than half of the voxels that the teacher gave to the class in the last epoch reach
-    that; then it is as low as half of them need. With one threshold for all, the voxels of a class that is hard to tell
-    are never learned, while the background around them is, which teaches the network that the class is not there.
+    That of a structure is `usual`, unless fewer than half of the voxels that the teacher gave to it in the last epoch
+    reach that; then it is as low as half of them need. That of the background is at least `usual`, and as high as it
+    takes to leave out the least sure 5 % of it.
+
+    With one threshold for all, the voxels of a structure that is hard to tell are never learned, while the background
+    is, and most of what the teacher misses of a structure with it: nearly every voxel is background, so 0.95 is no high
+    probability there. That teaches the network that the structure is not there.
     Thresholds by class are those of FlexMatch (Zhang et al., NeurIPS 2021) and FreeMatch (Wang et al., ICLR 2023); here
     they are quantiles.
 
-    For regions the two labels are absence and presence, region by region.
+    For regions the two labels are absence, which is their background, and presence, region by region.
 
     Args:
-        highest: Threshold of the classes that the teacher is sure of, and of all in the first epoch.
+        usual: Threshold of the structures that the teacher is sure of, and of all labels in the first epoch.
         outputs: Channels C of the network's output, or R regions.
         regions: Whether the outputs are regions, which may overlap, instead of classes.
         device: Of the outputs.
@@ -38,11 +44,13 @@ class Thresholds:
         values: (C,) of the classes; (2 R,) of absence and presence of the first region, of the second, and so on.
     """
 
-    def __init__(self, highest: float, outputs: int, regions: bool, device: torch.device) -> None:
-        self.highest, self.regions = highest, regions
+    def __init__(self, usual: float, outputs: int, regions: bool, device: torch.device) -> None:
+        self.usual, self.regions = usual, regions
         labels = 2 * outputs if regions else outputs
-        self.values = torch.full((labels,), highest, device=device)
+        self.values = torch.full((labels,), usual, device=device)
         self._counts = torch.zeros(labels, BINS, device=device)
+        self._background = torch.zeros(labels, dtype=torch.bool, device=device)
+        self._background[slice(0, None, 2) if regions else 0] = True
 
     @torch.no_grad()
     def label(self, logits: Tensor) -> PseudoLabels:
@@ -55,7 +63,8 @@ class Thresholds:
         which = target.long()
         if self.regions:
             which = which + 2 * torch.arange(which.shape[1], device=which.device).view(-1, *[1] * (which.ndim - 2))
-        place = which * BINS + (probability * BINS).long().clamp(0, BINS - 1)
+        bins = ((torch.logit(probability, eps=1e-7) - LOWEST) / STEP).long().clamp(0, BINS - 1)
+        place = which * BINS + bins
         # whole numbers: the order of the sum does not matter
         counts = torch.zeros(self._counts.numel(), dtype=torch.int32, device=place.device)
         counts.scatter_add_(0, place.flatten(), torch.ones_like(place, dtype=torch.int32).flatten())
@@ -68,9 +77,14 @@ class Thresholds:
             dist.all_reduce(self._counts)
         at_least = self._counts.flip(1).cumsum(1).flip(1)
         given = at_least[:, 0]
-        enough = at_least >= LEARNED * given[:, None]  # true up to the bin that is looked for
-        found = (enough.sum(1) - 1) / BINS
-        self.values = torch.where(given > 0, found.clamp_max(self.highest), self.values)
+        above = at_least[:, 1:]
+        # the bin in which a share of the voxels is reached, counted from the surest one
+        half = (above >= LEARNED * given[:, None]).sum(1)
+        nearly_all = (at_least > BACKGROUND_LEARNED * given[:, None]).sum(1)
+        structure = torch.sigmoid(LOWEST + STEP * half).clamp_max(self.usual)
+        background = torch.sigmoid(LOWEST + STEP * nearly_all).clamp_min(self.usual)
+        found = torch.where(self._background, background, structure)
+        self.values = torch.where(given > 0, found, self.values)
         self._counts = torch.zeros_like(self._counts)
 
     def state_dict(self) -> dict[str, Any]:
