@@ -45,7 +45,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     Every step sees nnU-Net's labelled batch and as many unlabelled patches. The teacher, a moving average of the
     network, labels the unlabelled patches in their weak view (nnU-Net's spatial augmentation). The network sees them in
     the strong view (nnU-Net's intensity augmentation, stronger) with boxes exchanged between patches (CutMix), and
-    learns the labels of the voxels where the teacher is sure, by cross-entropy and soft Dice.
+    learns the labels of the voxels where the teacher is sure, by cross-entropy and a smoothed soft Dice.
     The form is FixMatch's (Sohn et al., NeurIPS 2020) with a mean teacher (Tarvainen and Valpola, NeurIPS 2017), as
     UniMatch (Yang et al., CVPR 2023) uses it for ACDC.
 
@@ -56,7 +56,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
 
     Attributes:
         confidence_threshold: Smallest probability of the teacher's label of a voxel that the network learns; lower for
-            a class of which it would leave out more than half, see `semisupervised.thresholds`.
+            a class of which it would leave out more than half, higher for the background, see
+            `semisupervised.thresholds`.
         teacher_decay: Share of the teacher's old weights that stays in each step; the first steps average less.
         unlabelled_weight: Weight of the unlabelled loss after the ramp-up, times what the teacher knows: its Dice on
             the labelled training patches of the epoch before. The labelled loss has 1.

@@ -30,7 +30,7 @@ class OnCPU(nnUNetTrainerSemi):
 
     guard_every = 1
     unlabelled_ramp = 0.0
-    confidence_threshold = 0.4
+    confidence_threshold = 0.35
 
     def initialize(self) -> None:
         self.device, self.grad_scaler = torch.device("cpu"), None
