@@ -28,7 +28,6 @@ SHOWN = ("plain", "plain_pcl", "kaf_scratch", "kaf_all", "kaf_semi", "semi")
 """Arms of the table in the README."""
 WORDS = {
     "semi": "with unlabelled scans in the training (`nnUNetTrainerSemi`)",
-    "semi_tried": "with unlabelled scans in a variant of that training that was not kept (`semi_tried`)",
     "kaf_semi": "with them, KAF layers and pretraining (`nnUNetTrainerKAFSemi`)",
     "plain_pcl": "pretrained without KAF layers (`--network plain --preset pcl`)",
     "kaf_all": "KAF, pretrained",
