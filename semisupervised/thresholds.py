@@ -77,13 +77,11 @@ class Thresholds:
             dist.all_reduce(self._counts)
         at_least = self._counts.flip(1).cumsum(1).flip(1)
         given = at_least[:, 0]
-        above = at_least[:, 1:]
-        # the bin in which a share of the voxels is reached, counted from the surest one
-        half = (above >= LEARNED * given[:, None]).sum(1)
+        # from which bin on at least half of the voxels lie, and from which on at most nearly all
+        half = (at_least >= LEARNED * given[:, None]).sum(1) - 1
         nearly_all = (at_least > BACKGROUND_LEARNED * given[:, None]).sum(1)
-        structure = torch.sigmoid(LOWEST + STEP * half).clamp_max(self.usual)
-        background = torch.sigmoid(LOWEST + STEP * nearly_all).clamp_min(self.usual)
-        found = torch.where(self._background, background, structure)
+        found = torch.sigmoid(LOWEST + STEP * torch.where(self._background, nearly_all, half))
+        found = torch.where(self._background, found.clamp_min(self.usual), found.clamp_max(self.usual))
         self.values = torch.where(given > 0, found, self.values)
         self._counts = torch.zeros_like(self._counts)
 
