@@ -15,6 +15,7 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import is_kaf
 from nnunetv2_kaf.trainer import split_or_say_why
 from pretraining.data.images import MEMORY
+from semisupervised.places import labelled_places
 from semisupervised.sampling import UnlabelledPatches, share_of
 from semisupervised.seeding import TRAINING, VALIDATION, seed_everything
 from semisupervised.streams import (
@@ -69,6 +70,7 @@ class TrainerWithUnlabelledImages(nnUNetTrainer):  # type: ignore[misc]
 
     def initialize(self) -> None:
         """See nnU-Net; draws the seed of the training, the same in all processes."""
+        self._foreground_share = self.oversample_foreground_percent  # before nnU-Net divides it among processes
         super().initialize()
         seed = [int(np.random.randint(2**31))]  # noqa: NPY002  # follows the user's own seed, if there is one
         if self.is_ddp:
@@ -144,7 +146,8 @@ class TrainerWithUnlabelledImages(nnUNetTrainer):  # type: ignore[misc]
 
     def _open_stream(self, unlabelled: Unlabelled) -> Stream:
         """The unlabelled batches from the current epoch on."""
-        geometry, self._flat_axis = weak_geometry(self._labelled_loader, len(self.configuration_manager.patch_size))
+        loader = self._labelled_loader
+        geometry, self._flat_axis = weak_geometry(loader, len(self.configuration_manager.patch_size))
         world_size = dist.get_world_size() if self.is_ddp else 1
         total = max(world_size, round(self.configuration_manager.batch_size * self.unlabelled_share))
         workers = unlabelled_workers()
@@ -157,6 +160,7 @@ class TrainerWithUnlabelledImages(nnUNetTrainer):  # type: ignore[misc]
             share_of(total, self.local_rank, world_size),
             total,
             MEMORY // max(1, workers),
+            labelled_places(loader._data, loader._data.identifiers, self._foreground_share),
         )
         first = self.current_epoch * self.num_iterations_per_epoch
         return Stream(patches, first, workers, self.device.type == "cuda")
