@@ -53,7 +53,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     `semi_unlabelled.json` in the fold's folder lists the images, `semi_training.json` and `semi_progress.png` say what
     the teacher does in every epoch.
 
-    A subclass may set, as class attributes or in its `__init__`:
+    A subclass may set, as class attributes or in its `__init__`, beside nnU-Net's own (of which
+    `oversample_foreground_percent` holds for the unlabelled patches too):
 
     Attributes:
         confidence_threshold: Smallest probability of the teacher's label of a voxel that the network learns; lower for

@@ -74,8 +74,9 @@ _ARM = {
     "tasks": Rule((list, type(None)), "names of tasks, or null for all", default=None),
     "labelled": Rule((list, type(None)), "some of the study's numbers of patients, or null for all", default=None),
     "note": Rule((str,), "text for the table", default=""),
+    "earlier": Rule((bool,), "true or false", default=False),
 }
-_NOT_OF_A_RUN = ("tasks", "labelled", "note")
+_NOT_OF_A_RUN = ("tasks", "labelled", "note", "earlier")
 _STUDY = {
     "comment": Rule((str,), "text: what it is for, and what it costs"),
     "conclusion": Rule((str,), "text: what the results show", default=""),
@@ -132,6 +133,7 @@ class Arm:
     tasks: tuple[str, ...]
     labelled: tuple[int | str, ...]
     note: str
+    earlier: bool
 
     @property
     def network(self) -> str:

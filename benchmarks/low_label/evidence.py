@@ -70,6 +70,7 @@ class Told:
         arms: Their order.
         baseline: Arm that the others are compared with.
         notes: Conclusions, by arm.
+        earlier: Arms whose results are of an earlier form of their trainer.
     """
 
     comment: str
@@ -77,6 +78,7 @@ class Told:
     arms: tuple[str, ...]
     baseline: str
     notes: Mapping[str, str]
+    earlier: frozenset[str]
 
 
 def told(study: str) -> Told:
@@ -85,7 +87,8 @@ def told(study: str) -> Told:
     arms = content.get("arms", {})
     notes = {name: arm["note"] for name, arm in arms.items() if "note" in arm}
     texts = content.get("comment", ""), content.get("conclusion", "")
-    return Told(*texts, tuple(arms), content.get("baseline", PLAIN), notes)
+    earlier = frozenset(name for name, arm in arms.items() if arm.get("earlier"))
+    return Told(*texts, tuple(arms), content.get("baseline", PLAIN), notes, earlier)
 
 
 def write_task(folder: Path, arms: Sequence[str], baseline: str) -> list[Path]:
@@ -143,14 +146,14 @@ def results_table(out: Path) -> str:
     """Markdown table of the studies that compare with plain nnU-Net on test patients; of all of them if none does."""
     found = [results for results in map(_latest, _folders(out)) if results.baseline == PLAIN]
     tested = [results for results in found if results.on == "test"]
-    tasks = {}
+    tasks, earlier = {}, {}
     for results in tested or found:
         run = results.runs[0]
         task, count = run["setting"]["task"], len(set(run["patient_of"].values()))
         data = task["data"].partition("_")[2]
         name = f"{data} `{task['configuration']}`, {count} {results.on} patients (`{results.study}`)"
-        tasks[name] = results.cells()
-    return report.summary(tasks, SHOWN)
+        tasks[name], earlier[name] = results.cells(), told(results.study).earlier
+    return report.summary(tasks, SHOWN, earlier)
 
 
 def page(out: Path, target: Path) -> str:
@@ -198,14 +201,15 @@ def in_short(studies: Sequence[report.Results]) -> str:
         cells = [cell for cell in results.cells() if "dice" in cell.metrics]
         sentences = []
         for labelled in dict.fromkeys(cell.labelled for cell in cells):
-            sentences += _sentences(labelled, {cell.arm: cell for cell in cells if cell.labelled == labelled})
+            of_them = {cell.arm: cell for cell in cells if cell.labelled == labelled}
+            sentences += _sentences(labelled, of_them, told(results.study).earlier)
         if sentences:
             data = task["data"].partition("_")[2]
             lines += [f"**{data}**, {count} {results.on} patients (`{results.study}`), mean Dice:\n", *sentences, ""]
     return "\n".join(lines)
 
 
-def _sentences(labelled: int | str, cells: Mapping[str, report.Cell]) -> list[str]:
+def _sentences(labelled: int | str, cells: Mapping[str, report.Cell], earlier: frozenset[str]) -> list[str]:
     """One list item for a number of labelled patients: plain nnU-Net, and how far the others are from it."""
     if PLAIN not in cells or len(cells) == 1:
         return []
@@ -216,6 +220,7 @@ def _sentences(labelled: int | str, cells: Mapping[str, report.Cell]) -> list[st
             continue
         mean = found.mean
         clear = "" if mean.low > 0 or mean.high < 0 else ", not clearly different"
+        what += " in an earlier form" if arm in earlier else ""
         parts.append(f"{what} {mean.value:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}{clear})")
     if not parts:
         return []

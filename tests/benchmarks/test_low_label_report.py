@@ -294,6 +294,20 @@ def test_an_arm_alone_makes_no_sentence(tmp_path: Path) -> None:
     assert evidence.in_short([found]) == evidence.IN_SHORT
 
 
+def test_results_of_an_earlier_form_of_a_trainer_say_so(tmp_path: Path) -> None:
+    arms = ("plain", "semi", "kaf_all")
+    for study in ("acdc_cpu", "another"):  # the config of the first one marks its arm `semi`
+        write(tmp_path, *(document(arm, 2, 0, BASE, study=study) for arm in arms))
+    lines = evidence.results_table(tmp_path).splitlines()
+    assert [line.count("†") for line in lines] == [0, 0, 1, 0]
+    assert lines[2].endswith("(+0.0000) † |")
+    found = [report.load(tmp_path / study / "heart", "validation") for study in ("acdc_cpu", "another")]
+    earlier, today = (line for line in evidence.in_short(list(filter(None, found))).splitlines() if line[:2] == "- ")
+    assert "(`nnUNetTrainerSemi`) in an earlier form +0.000" in earlier
+    assert "KAF, pretrained +0.000" in earlier
+    assert "earlier" not in today
+
+
 def test_studies_with_a_test_come_first(tmp_path: Path) -> None:
     write(tmp_path, document("plain", 2, 0, BASE, study="a"), document("plain", 2, 0, BASE, study="b", on="test"))
     page = evidence.page(tmp_path, tmp_path / "page.md")
