@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VOXELS = 1000
-"""Of a class in a case, at most."""
+VOXELS = 10_000
+"""Of a class in all cases together, about; at least one of every case."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Places:
         if not self.by_class or generator.random() >= self.share:
             return None
         positions = self.by_class[int(generator.integers(len(self.by_class)))]
-        return positions[int(generator.integers(len(positions)))]
+        place: NDArray[np.float64] = positions[int(generator.integers(len(positions)))]
+        return place
 
 
 def labelled_places(dataset: Any, cases: Iterable[str], share: float) -> Places:
@@ -47,12 +48,14 @@ def labelled_places(dataset: Any, cases: Iterable[str], share: float) -> Places:
         share: See `Places`.
     """
     found: dict[Any, list[NDArray[np.float64]]] = {}
-    for case in sorted(cases):
+    cases = sorted(cases)
+    most = max(1, VOXELS // max(1, len(cases)))
+    for case in cases:
         data, _, _, properties = dataset.load_case(case)
         shape = np.array(data.shape[1:])
         for label, voxels in properties["class_locations"].items():
             everything = isinstance(label, tuple) and -1 in label  # nnU-Net's key for all that is not ignored
             if len(voxels) and not everything:
-                chosen = np.asarray(voxels)[:: -(-len(voxels) // VOXELS), 1:]  # the first column is the channel
+                chosen = np.asarray(voxels)[:: -(-len(voxels) // most), 1:]  # the first column is the channel
                 found.setdefault(label, []).append((chosen + 0.5) / shape)
     return Places(share, tuple(np.concatenate(positions) for positions in found.values()))

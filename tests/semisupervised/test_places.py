@@ -4,25 +4,28 @@ import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from semisupervised.places import VOXELS, Places, labelled_places
+from semisupervised.places import Places, labelled_places
 from semisupervised.sampling import Geometry, Images, UnlabelledPatches
 from semisupervised.strong import StrongAugmentation
 
 LABELLED = ("p0", "p1")
 
 
+@pytest.mark.parametrize("most", [10_000, 20, 1])
 @pytest.mark.parametrize("style", ["plain", "ignore"])
-def test_places_are_those_of_the_labelled_voxels_relative_to_their_images(style, make_dataset):
+def test_places_are_those_of_the_labelled_voxels_relative_to_their_images(style, most, make_dataset, monkeypatch):
+    monkeypatch.setattr("semisupervised.places.VOXELS", most)
+    of_a_case = max(1, most // 2)
     folder = str(make_dataset(style=style).images)
     places = labelled_places(nnUNetDatasetBlosc2(folder), LABELLED, 0.33)
     assert places.share == 0.33
     expected = []
     for label in (1, 2, (1, 2)):
         voxels = [nnUNetDatasetBlosc2(folder, [case]).load_case(case)[3]["class_locations"][label] for case in LABELLED]
-        expected.append(np.concatenate([(v[:: -(-len(v) // VOXELS), 1:] + 0.5) / (9, 20, 28) for v in voxels]))
+        expected.append(np.concatenate([(v[:: -(-len(v) // of_a_case), 1:] + 0.5) / (9, 20, 28) for v in voxels]))
     assert len(places.by_class) == 3, "all that is not ignored is no structure"
     for found, wanted in zip(places.by_class, expected, strict=True):
-        assert len(found) <= len(LABELLED) * VOXELS
+        assert len(found) <= len(LABELLED) * of_a_case
         np.testing.assert_array_equal(found, wanted)
 
 
