@@ -17,7 +17,7 @@ from pretraining.config import COMPONENTS
 from pretraining.monitoring.monitor import GLOBAL_LOSSES
 
 from . import figures, report, targets
-from .config import ALL, Study
+from .config import ALL, SEMI_TRAINERS, Study
 from .layout import RESULTS, read_json
 from .targets import PLAIN
 
@@ -241,7 +241,10 @@ def section(results: report.Results, study: Told, folder: Path) -> str:
     setting, cells = first["setting"], results.cells()
     if results.baseline == PLAIN:
         tables = [report.table(cells, results.baseline), ""]
-        pretrained = list(dict.fromkeys(run["arm"] for run in results.runs if run["definition"]["pretraining"]))
+        definitions = {run["arm"]: run["definition"] for run in results.runs}
+        pretrained = [
+            arm for arm, own in definitions.items() if own["pretraining"] and own["trainer"] not in SEMI_TRAINERS
+        ]
         if results.on == "test":
             dataset = setting["task"]["data"].partition("_")[2]
             tables += [

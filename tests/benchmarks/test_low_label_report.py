@@ -21,7 +21,11 @@ def document(arm: str, labelled: int | str, draw: int, dice: list[float], **chan
         "task": "heart",
         "on": "validation",
         "arm": arm,
-        "definition": {"pretraining": {"preset": "kaf"} if arm.startswith("kaf_all") else None, "kaf": {}},
+        "definition": {
+            "trainer": "kaf_semi" if arm == "kaf_semi" else "kaf",
+            "pretraining": {"preset": "kaf"} if arm in ("kaf_all", "kaf_all_2", "kaf_semi") else None,
+            "kaf": {},
+        },
         "labelled": labelled,
         "draw": draw,
         "patients": ["a", "b"],
@@ -151,6 +155,15 @@ def test_a_conclusion_stands_below_test_results_only(results: Path) -> None:
         found = report.load(results / "cpu" / "heart", on)
         assert found is not None
         assert ("What it shows." in evidence.section(found, study, Path())) is (on == "test")
+
+
+def test_pretrainings_are_compared_with_pretrainings_alone(tmp_path: Path) -> None:
+    for arm, gain in (("plain", 0.0), ("kaf_all", 0.2), ("kaf_all_2", 0.1), ("kaf_semi", 0.4)):
+        write(tmp_path, document(arm, 2, 0, [d + gain for d in BASE], on="test"))
+    found = report.load(tmp_path / "cpu" / "heart", "test")
+    assert found is not None
+    text = evidence.section(found, evidence.told("smoke"), Path())
+    assert "above every other pretrained arm, 2 labelled | +0.1000 to the best of them, `kaf_all_2` | yes |" in text
 
 
 def test_without_results_the_page_says_so(tmp_path: Path) -> None:
