@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from pretraining.data.images import MEMORY, PreprocessedImages
 from semisupervised.cut_mix import draw_box
-from semisupervised.places import Places
+from semisupervised.positions import Positions
 from semisupervised.seeding import UNLABELLED, isolated
 from semisupervised.strong import StrongAugmentation
 
@@ -79,7 +79,7 @@ class UnlabelledPatches(Dataset[dict[str, Any]]):
         places: Places of this process's patches in the global batch.
         total: Patches in the global batch.
         memory: Bytes of images to keep in memory, per process that reads.
-        labelled: Where structures lie in the labelled images.
+        structures: Where structures lie in the labelled images.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class UnlabelledPatches(Dataset[dict[str, Any]]):
         places: Sequence[int],
         total: int,
         memory: int = MEMORY,
-        labelled: Places = Places(),  # noqa: B008  # immutable
+        structures: Positions = Positions(),  # noqa: B008  # immutable
     ) -> None:
-        self.images, self.geometry, self.strong, self.labelled = images, geometry, strong, labelled
+        self.images, self.geometry, self.strong, self.structures = images, geometry, strong, structures
         self.cutmix, self.seed, self.memory = cutmix, seed, memory
         partners = [partner_of(place, total) for place in places]
         self.places = [*places, *sorted(set(partners) - set(places))]
@@ -148,15 +148,15 @@ class UnlabelledPatches(Dataset[dict[str, Any]]):
         channels, *shape = self._reader.shape(case)
         out = np.zeros((channels, *crop), dtype=np.float32)
         source, target = [], []
-        place = self.labelled.draw(generator)
+        position = self.structures.draw(generator)
         for axis, (n, size, final) in enumerate(zip(shape, crop, patch, strict=True)):
             margin = max(size - final, size - n)  # over both borders together
             lowest, highest = -(margin // 2), n - size + margin - margin // 2
-            if place is None:
+            if position is None:
                 first = int(generator.integers(lowest, highest + 1))
             else:
-                inside = int(generator.integers(final))  # where in the patch the place is to lie
-                first = min(max(int(place[axis] * n) - inside - (size - final) // 2, lowest), highest)
+                inside = int(generator.integers(final))  # where in the patch the position is to lie
+                first = min(max(int(position[axis] * n) - inside - (size - final) // 2, lowest), highest)
             low, high = max(0, first), min(n, first + size)
             source.append(slice(low, high))
             target.append(slice(low - first, high - first))

@@ -49,7 +49,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     The form is FixMatch's (Sohn et al., NeurIPS 2020) with a mean teacher (Tarvainen and Valpola, NeurIPS 2017), as
     UniMatch (Yang et al., CVPR 2023) uses it for ACDC.
 
-    Which images: see `semisupervised.unlabelled`; which patches of them: `semisupervised.places`.
+    Which images: see `semisupervised.unlabelled`; which patches of them: `semisupervised.positions`.
     `semi_unlabelled.json` in the fold's folder lists the images, `semi_training.json` and `semi_progress.png` say what
     the teacher does in every epoch.
 

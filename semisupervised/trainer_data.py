@@ -15,7 +15,7 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import is_kaf
 from nnunetv2_kaf.trainer import split_or_say_why
 from pretraining.data.images import MEMORY
-from semisupervised.places import labelled_places
+from semisupervised.positions import labelled_positions
 from semisupervised.sampling import UnlabelledPatches, share_of
 from semisupervised.seeding import TRAINING, VALIDATION, seed_everything
 from semisupervised.streams import (
@@ -160,7 +160,7 @@ class TrainerWithUnlabelledImages(nnUNetTrainer):  # type: ignore[misc]
             share_of(total, self.local_rank, world_size),
             total,
             MEMORY // max(1, workers),
-            labelled_places(loader._data, loader._data.identifiers, self._foreground_share),
+            labelled_positions(loader._data, loader._data.identifiers, self._foreground_share),
         )
         first = self.current_epoch * self.num_iterations_per_epoch
         return Stream(patches, first, workers, self.device.type == "cuda")

@@ -198,11 +198,11 @@ def in_short(studies: Sequence[report.Results]) -> str:
         if results.baseline != PLAIN:
             continue
         task, count = results.runs[0]["setting"]["task"], len(set(results.runs[0]["patient_of"].values()))
-        cells = [cell for cell in results.cells() if "dice" in cell.metrics]
+        cells, earlier = [cell for cell in results.cells() if "dice" in cell.metrics], told(results.study).earlier
         sentences = []
         for labelled in dict.fromkeys(cell.labelled for cell in cells):
             of_them = {cell.arm: cell for cell in cells if cell.labelled == labelled}
-            sentences += _sentences(labelled, of_them, told(results.study).earlier)
+            sentences += _sentences(labelled, of_them, earlier)
         if sentences:
             data = task["data"].partition("_")[2]
             lines += [f"**{data}**, {count} {results.on} patients (`{results.study}`), mean Dice:\n", *sentences, ""]

@@ -14,12 +14,12 @@ VOXELS = 10_000
 
 
 @dataclass(frozen=True)
-class Places:
+class Positions:
     """Positions of labelled voxels, relative to their images, from which unlabelled patches are drawn.
 
     nnU-Net centres a share of the labelled patches on foreground. In unlabelled patches from anywhere a small structure
     is so rare that they teach little about it. The labels of unlabelled images are not known, but bodies are alike:
-    where a structure lies in the labelled image, it often lies in another one. Patches show that place anywhere in
+    where a structure lies in the labelled image, it often lies in another one. Patches show that position anywhere in
     them: centred on it they would seldom show what lies far from all structures.
 
     Attributes:
@@ -35,17 +35,17 @@ class Places:
         if not self.by_class or generator.random() >= self.share:
             return None
         positions = self.by_class[int(generator.integers(len(self.by_class)))]
-        place: NDArray[np.float64] = positions[int(generator.integers(len(positions)))]
-        return place
+        position: NDArray[np.float64] = positions[int(generator.integers(len(positions)))]
+        return position
 
 
-def labelled_places(dataset: Any, cases: Iterable[str], share: float) -> Places:
+def labelled_positions(dataset: Any, cases: Iterable[str], share: float) -> Positions:
     """Read the positions of the foreground, which nnU-Net's preprocessing has listed.
 
     Args:
         dataset: nnU-Net's dataset of preprocessed cases.
         cases: Labelled training cases.
-        share: See `Places`.
+        share: See `Positions`.
     """
     found: dict[Any, list[NDArray[np.float64]]] = {}
     cases = sorted(cases)
@@ -58,4 +58,4 @@ def labelled_places(dataset: Any, cases: Iterable[str], share: float) -> Places:
             if len(voxels) and not everything:
                 chosen = np.asarray(voxels)[:: -(-len(voxels) // most), 1:]  # the first column is the channel
                 found.setdefault(label, []).append((chosen + 0.5) / shape)
-    return Places(share, tuple(np.concatenate(positions) for positions in found.values()))
+    return Positions(share, tuple(np.concatenate(positions) for positions in found.values()))
