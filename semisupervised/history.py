@@ -38,8 +38,9 @@ def log_lines(record: Mapping[str, Any]) -> list[str]:
     """
     lines = [
         f"KAF: labelled loss {record['labelled_loss']:.4f}, unlabelled loss {record['unlabelled_loss']:.4f} with "
-        f"weight {record['weight']:.3f}; teacher sure of {100 * record['sure']:.1f} % of the voxels, its Dice "
-        f"on labelled training patches {record['known']:.3f}, agreement with the network {record['agreement']:.3f}"
+        f"weight {record['weight']:.3f}; teacher sure of {100 * record['sure']:.1f} % of the voxels, "
+        f"{100 * record['islands']:.1f} % of its structures taken out as islands, its Dice on labelled training "
+        f"patches {record['known']:.3f}, agreement with the network {record['agreement']:.3f}"
     ]
     for reason in record["collapse"]:
         lines.append(f"KAF: WARNING: {reason}; the unlabelled loss goes on with {record['guard']:.3g} of its weight")

@@ -35,6 +35,7 @@ def check_options(trainer: Any) -> None:
     every = trainer.guard_every
     whole = isinstance(every, int) and not isinstance(every, bool)
     _refuse_unless(whole and every >= 1, trainer, "guard_every", "a whole number of at least 1")
+    _refuse_unless(isinstance(trainer.remove_islands, bool), trainer, "remove_islands", "True or False")
     _refuse_unless(trainer.predict_with in ("student", "teacher"), trainer, "predict_with", "'student' or 'teacher'")
     strong = isinstance(trainer.strong_augmentation, StrongAugmentation)
     _refuse_unless(strong, trainer, "strong_augmentation", "a semisupervised.strong.StrongAugmentation")

@@ -23,6 +23,7 @@ from nnunetv2_kaf.schedule import schedule_variant
 from nnunetv2_kaf.trainer import nnUNetTrainerKAF, unwrapped
 from semisupervised.guard import EpochSums, Guard
 from semisupervised.history import foreground_names, log_lines, write_history
+from semisupervised.islands import Islands
 from semisupervised.losses import PseudoLabels, UnlabelledLoss, hard_labels
 from semisupervised.options import check_options
 from semisupervised.quick_norm import quicken_norms
@@ -36,7 +37,7 @@ from semisupervised.unlabelled import Unlabelled
 STATE = "semisupervised"
 """Key of the teacher and the like in the optimiser's state of a checkpoint."""
 # what `_add_state` writes there
-_ENTRIES = ("teacher", "seed", "guard", "thresholds", "history", "unlabelled")
+_ENTRIES = ("teacher", "seed", "guard", "thresholds", "islands", "history", "unlabelled")
 
 
 class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
@@ -65,6 +66,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             the labelled training patches of the epoch before. The labelled loss has 1.
         unlabelled_ramp: Share of the training's steps over which the weight grows from 0.7 % to 100 % of that.
         unlabelled_share: Unlabelled patches per labelled patch.
+        remove_islands: Whether the network learns of a structure that is one piece in the labelled patches the largest
+            piece alone, see `semisupervised.islands`.
         cutmix_probability: Probability of a CutMix box in a patch.
         strong_augmentation: A `StrongAugmentation`: all probabilities and ranges of the strong view.
         predict_with: "student" or "teacher", whose weights the final checkpoint and the validation use.
@@ -76,6 +79,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     unlabelled_weight: float = 1.0
     unlabelled_ramp: float = 0.2
     unlabelled_share: float = 1.0
+    remove_islands: bool = True
     cutmix_probability: float = 0.5
     strong_augmentation: StrongAugmentation = StrongAugmentation()
     predict_with: str = "student"
@@ -111,6 +115,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         outputs = self.label_manager.num_segmentation_heads
         self._thresholds = Thresholds(self.confidence_threshold, outputs, self._regions, self.device)
         weights = getattr(self.loss, "weight_factors", (1.0,))
+        self._islands = Islands(len(classes), self._regions, self.device)
         batch_dice = self.configuration_manager.batch_dice
         self._unlabelled_loss = UnlabelledLoss(self._regions, batch_dice, self.is_ddp, weights)
 
@@ -133,6 +138,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             "seed": self.semi_seed,
             "guard": self._guard.state_dict(),
             "thresholds": self._thresholds.state_dict(),
+            "islands": self._islands.state_dict(),
             "history": self.semi_history,
             "unlabelled": self._unlabelled.state_dict(),
         }
@@ -161,6 +167,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             self.semi_seed = restored["seed"]
             self._guard.load_state_dict(restored["guard"])
             self._thresholds.load_state_dict(restored["thresholds"])
+            self._islands.load_state_dict(restored["islands"])
             self.semi_history = list(restored["history"])
             self._unlabelled = Unlabelled.from_state(restored["unlabelled"])
         else:
@@ -203,6 +210,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             target = batch["target"]
             reference = (target[0] if isinstance(target, (list, tuple)) else target).to(self.device)
             self._sums.add_labelled(check, self._hard_labels(twice.output), reference)
+            self._islands.learn(reference)
         self._step += 1
         return out
 
@@ -229,8 +237,11 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     def _strong_batch(self, unlabelled: dict[str, Any]) -> tuple[Tensor, PseudoLabels]:
         """The patches as the network sees them, (m, C, *S), and their labels by the teacher, who sees the weak view."""
         weak = unlabelled["data"].to(self.device, non_blocking=True)
+        labels = self._thresholds.label(self._teach(weak))
+        if self.remove_islands:
+            labels = self._islands.remove(labels)
         masked = [i for i, use in enumerate(self.configuration_manager.use_mask_for_norm) if use]
-        return strong_batch(weak, self._thresholds.label(self._teach(weak)), unlabelled, masked, self._flat_axis)
+        return strong_batch(weak, labels, unlabelled, masked, self._flat_axis)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """See nnU-Net; judges the teacher, and records what it does."""
@@ -239,8 +250,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         learned = self.current_epoch + 1 > self.unlabelled_ramp * self.num_epochs
         reasons = self._guard.judge(record["shares"], record["known"], record["agreement"], learned)
         self._thresholds.next_epoch(self.is_ddp)
-        thresholds = self._thresholds.values.tolist()
-        record |= {"thresholds": thresholds, "guard": self._guard.factor, "collapse": reasons}
+        record |= {"thresholds": self._thresholds.values.tolist(), "islands": self._islands.next_epoch(self.is_ddp)}
+        record |= {"one_piece": self._islands.one_piece.tolist(), "guard": self._guard.factor, "collapse": reasons}
         self.semi_history.append(record)
         if self.local_rank != 0:
             return

@@ -63,6 +63,7 @@ def train(folder: Path, configuration: str, batch_dice: bool, rank: int, ranks: 
     trainer.num_iterations_per_epoch = STEPS
     trainer.on_train_start()
     trainer._guard.known = 1.0
+    trainer._islands.one_piece[:] = True
     trainer.on_train_epoch_start()
     scales = trainer._get_deep_supervision_scales()
     if ranks == 1:  # nnU-Net gives the coarsest output a weight of 1e-6 under DDP, of 0 otherwise
@@ -78,6 +79,8 @@ def train(folder: Path, configuration: str, batch_dice: bool, rank: int, ranks: 
     record = trainer._sums.finish(trainer.is_ddp)
     trainer._thresholds.next_epoch(trainer.is_ddp)
     record["thresholds"] = trainer._thresholds.values.tolist()
+    record["islands"] = trainer._islands.next_epoch(trainer.is_ddp)
+    record["pieces"] = trainer._islands.state_dict()
     return {"network": network.state_dict(), "teacher": trainer._teacher.state_dict(), "record": record}
 
 
@@ -123,9 +126,13 @@ def test_two_processes_equal_one(dims, batch_dice, make_dataset, tmp_path):
         assert result["record"]["sure"] == pytest.approx(alone["record"]["sure"], abs=1e-4)
         assert result["record"]["shares"] == pytest.approx(alone["record"]["shares"], abs=1e-4)
         assert result["record"]["thresholds"] == pytest.approx(alone["record"]["thresholds"], abs=1e-5)
+        assert result["record"]["islands"] == pytest.approx(alone["record"]["islands"], abs=1e-3)
+        assert result["record"]["pieces"] == alone["record"]["pieces"]
         for key in ("agreement", "known"):
             assert result["record"][key] == pytest.approx(alone["record"][key], abs=1e-3)
     assert len({round(value, 4) for value in alone["record"]["thresholds"]}) > 1
+    assert alone["record"]["islands"] > 0
+    assert sum(alone["record"]["pieces"]["labelled"][0]) > 0
     assert alone["record"]["sure"] > 0.1, "the comparison must include unlabelled voxels"
 
 

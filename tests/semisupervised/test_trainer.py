@@ -183,11 +183,35 @@ def test_residual_encoder_plans_train_with_nnunets_own_network(make_dataset):
     ("name", "value"),
     [("predict_with", "both"), ("confidence_threshold", 95), ("teacher_decay", 1.0), ("unlabelled_share", 0),
      ("unlabelled_weight", float("inf")), ("unlabelled_ramp", "0.2"), ("cutmix_probability", -0.1),
-     ("guard_every", 2.5), ("strong_augmentation", {"p_blur": 0.1})],
+     ("guard_every", 2.5), ("remove_islands", "no"), ("strong_augmentation", {"p_blur": 0.1})],
 )  # fmt: skip
 def test_options_out_of_range_are_refused_by_their_names(name, value, make_dataset):
     with pytest.raises(KAFError, match=rf"nnUNetTrainerSemi\.{name}: found {re.escape(repr(value))}, expected"):
         make_dataset().trainer(**{name: value}).run_training()
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_the_network_learns_no_islands_of_what_is_one_piece_in_the_labelled_patches(remove, make_dataset):
+    trainer = make_dataset().trainer(remove_islands=remove, cutmix_probability=0.0)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    out = trainer.train_step(next(trainer.dataloader_train))
+    assert not trainer._islands.one_piece.any(), "judged after an epoch"
+    trainer.on_train_epoch_end([out])
+    assert trainer._islands.one_piece.all(), "the phantom's structures"
+    assert trainer.semi_history[0]["one_piece"] == [True, True]
+
+    def teach(image):
+        logits = torch.full((len(image), 3, *image.shape[2:]), -10.0)
+        logits[:, 0] = 0
+        logits[:, 1, 2:6, 2:6] = logits[:, 1, -1, -1] = 10
+        return logits
+
+    trainer._teach = teach
+    _, labels = trainer._strong_batch(next(trainer._stream))
+    assert labels.target[:, 0, 2:6, 2:6].eq(1).all()
+    assert labels.target[:, 0, -1, -1].eq(0 if remove else 1).all()
+    assert labels.sure.all()
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
