@@ -45,7 +45,7 @@ class Islands:
         # this one, and the teacher's in this one
         self._before = torch.zeros(2, structures, dtype=torch.int64, device=device)
         self._labelled = np.zeros((2, structures), dtype=np.int64)
-        self._removed = torch.zeros(2, dtype=torch.int64, device=device)
+        self._removed = np.zeros(2, dtype=np.int64)
 
     def learn(self, reference: Tensor) -> None:
         """Count the pieces in labelled patches.
@@ -54,7 +54,7 @@ class Islands:
             reference: nnU-Net's target: (B, 1, *S) classes, or (B, R, *S) regions with one channel more if there is an
                 ignore label; what is ignored is no structure.
         """
-        for _, pieces in self._pieces(reference):
+        for *_, pieces in self._pieces(reference):
             for structure in np.unique(pieces.structure):
                 sizes = pieces.size[pieces.structure == structure]
                 self._labelled[:, structure - 1] += (sizes.sum(), sizes.sum() - sizes.max())
@@ -65,21 +65,23 @@ class Islands:
         Args:
             labels: The teacher's; not changed.
         """
-        self._removed[0] += (labels.target > 0).sum()
         if not self.one_piece.any():
             return labels
         shape = tuple(labels.target.shape)
         alone, touching = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-        for place, pieces in self._pieces(labels.target):
-            island = pieces.smaller & self.one_piece[pieces.structure - 1]
-            if island.any():
-                islands = _where(island, pieces.number)
-                stays = (pieces.number > 0) & ~islands
-                near = _reached_from(stays, pieces.number > 0)
-                alone[place], touching[place] = islands & ~near, islands & near
+        for place, patch, pieces in self._pieces(labels.target):
+            self._removed[0] += len(pieces.voxels)
+            smaller = pieces.smaller & self.one_piece[pieces.structure - 1]
+            if smaller.any():
+                island = smaller[pieces.number]
+                self._removed[1] += np.count_nonzero(island)
+                whole = _connected(patch > 0, pieces.voxels)  # structures of all kinds together
+                stays = np.zeros(int(whole.max()) + 1, dtype=bool)
+                stays[whole[~island]] = True
+                alone[place].reshape(-1)[pieces.voxels] = island & ~stays[whole]
+                touching[place].reshape(-1)[pieces.voxels] = island & stays[whole]
         device = labels.target.device
         background, left_out = torch.from_numpy(alone).to(device), torch.from_numpy(touching).to(device)
-        self._removed[1] += background.sum() + left_out.sum()
         return PseudoLabels(labels.target.masked_fill(background, 0), (labels.sure | background) & ~left_out)
 
     def next_epoch(self, ddp: bool) -> float:
@@ -88,16 +90,15 @@ class Islands:
         Returns:
             Islands' share of the voxels that the teacher gave to structures in this epoch.
         """
-        labelled = torch.tensor(self._labelled, device=self._before.device)
+        labelled, found = (torch.tensor(n, device=self._before.device) for n in (self._labelled, self._removed))
         if ddp:
             dist.all_reduce(labelled)
-            dist.all_reduce(self._removed)
+            dist.all_reduce(found)
+        self._labelled[:], self._removed[:] = 0, 0
         self._before += labelled
-        self._labelled[:] = 0
         self._judge()
-        given, removed = self._removed.tolist()
-        self._removed.zero_()
-        return float(removed / max(1.0, given))
+        given, removed = found.tolist()
+        return float(removed / max(1, given))
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued training needs, after an epoch; primitives."""
@@ -112,64 +113,51 @@ class Islands:
         voxels, outside = self._before.cpu().numpy()
         self.one_piece = (voxels > 0) & (outside <= ONE_PIECE * voxels)
 
-    def _pieces(self, target: Tensor) -> Iterator[tuple[tuple[int, int], _Pieces]]:
-        """The pieces of every patch, and of every region apart; where there are any."""
-        maps = target.cpu().numpy()
+    def _pieces(self, target: Tensor) -> Iterator[tuple[tuple[int, ...], NDArray[np.int16], _Pieces]]:
+        """Place, labels and pieces of every patch, of regions one by one; where there are any."""
         channels = self.structures if self.regions else 1
-        for place in np.ndindex(len(maps), channels):
-            labels = maps[place].astype(np.uint16)
-            if self.regions:
-                labels = labels * np.uint16(place[1] + 1)
-            labels[labels > self.structures] = 0  # nnU-Net's ignore label is the highest one
-            if labels.any():
-                yield place, _find_pieces(labels)
+        maps = target[:, :channels].to(torch.int16).cpu().numpy()
+        for place in np.ndindex(maps.shape[:2]):
+            patch = maps[place] * np.int16(place[1] + 1)  # presence of a region becomes its number
+            patch[patch > self.structures] = 0  # nnU-Net's ignore label is the highest one
+            if patch.any():
+                yield place, patch, _find_pieces(patch)
 
 
 class _Pieces(NamedTuple):
-    """The pieces of a patch.
+    """The n pieces of a patch.
 
     Attributes:
-        number: (*S) the piece of every voxel, from 1 on; 0 = none.
-        structure: (n,) which structure each of the n pieces is of, from 1 on.
+        voxels: (m,) flat indices of the voxels of structures; all others are background.
+        number: (m,) the piece of each of them, 0 to n - 1.
+        structure: (n,) which structure a piece is of, from 1 on.
         size: (n,) voxels.
         smaller: (n,) bool, whether the structure has a larger piece.
     """
 
-    number: NDArray[np.integer[Any]]
-    structure: NDArray[np.integer[Any]]
-    size: NDArray[np.integer[Any]]
+    voxels: NDArray[np.int64]
+    number: NDArray[np.int64]
+    structure: NDArray[np.int64]
+    size: NDArray[np.int64]
     smaller: NDArray[np.bool_]
 
 
-def _find_pieces(labels: NDArray[np.uint16]) -> _Pieces:
-    number = _connected(labels)
-    flat = number.ravel()
-    size = np.bincount(flat)[1:]
-    structure = np.zeros(len(size) + 1, dtype=np.int64)
-    structure[flat] = labels.ravel()
-    structure = structure[1:]
+def _find_pieces(patch: NDArray[np.int16]) -> _Pieces:
+    voxels = np.flatnonzero(patch > 0)
+    number = _connected(patch, voxels) - 1
+    size = np.bincount(number)
+    structure = np.zeros_like(size)
+    structure[number] = patch.reshape(-1)[voxels]
     largest = np.zeros(structure.max() + 1, dtype=size.dtype)
     np.maximum.at(largest, structure, size)
-    return _Pieces(number, structure, size, size < largest[structure])
+    return _Pieces(voxels, number, structure, size, size < largest[structure])
 
 
-def _connected(labels: NDArray[Any]) -> NDArray[np.integer[Any]]:
-    """Number the pieces of equal labels; diagonal neighbours are connected, as in nnU-Net's postprocessing."""
-    number: NDArray[np.integer[Any]] = cc3d.connected_components(labels, connectivity=8 if labels.ndim == 2 else 26)
-    return number
+def _connected(patch: NDArray[Any], voxels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers, from 1 on, of the pieces of equal values that voxels belong to.
 
-
-def _where(chosen: NDArray[np.bool_], number: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-    """The voxels of the chosen pieces."""
-    voxels: NDArray[np.bool_] = np.concatenate(([False], chosen))[number]
-    return voxels
-
-
-def _reached_from(start: NDArray[np.bool_], within: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """What is connected with `start`, (*S) bool, without leaving `within`."""
-    number = _connected(within.astype(np.uint8))
-    reached = np.zeros(int(number.max()) + 1, dtype=bool)
-    reached[number[start]] = True
-    reached[0] = False
-    connected: NDArray[np.bool_] = reached[number]
-    return connected
+    Diagonal neighbours are connected, as in nnU-Net's postprocessing.
+    """
+    number = cc3d.connected_components(patch, connectivity=8 if patch.ndim == 2 else 26)
+    at_voxels: NDArray[np.int64] = number.reshape(-1)[voxels].astype(np.int64)
+    return at_voxels

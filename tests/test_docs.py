@@ -1,6 +1,7 @@
 """The documentation agrees with the program: flags, defaults, commands, links and tables."""
 
 import importlib
+import ast
 import json
 import re
 import shlex
@@ -196,7 +197,7 @@ def test_every_option_of_the_semi_supervised_trainers_is_explained_with_its_defa
     assert list(rows) == documented
     assert rows.pop("strong_augmentation") == "StrongAugmentation()"
     assert nnUNetTrainerSemi.strong_augmentation == StrongAugmentation()
-    assert {name: json.loads(value) for name, value in rows.items()} == {
+    assert {name: ast.literal_eval(value) for name, value in rows.items()} == {
         name: getattr(nnUNetTrainerSemi, name) for name in rows
     }
 
