@@ -1,7 +1,7 @@
 """The documentation agrees with the program: flags, defaults, commands, links and tables."""
 
-import importlib
 import ast
+import importlib
 import json
 import re
 import shlex
