@@ -41,10 +41,10 @@ class Islands:
     def __init__(self, structures: int, regions: bool, device: torch.device) -> None:
         self.structures, self.regions = structures, regions
         self.one_piece: NDArray[np.bool_] = np.zeros(structures, dtype=bool)
-        # of every structure all voxels, and those outside the largest piece: labelled ones up to the last epoch and in
-        # this one, and the teacher's in this one
+        # labelled voxels of every structure, and those of them outside the largest piece: before this epoch, and in it
         self._before = torch.zeros(2, structures, dtype=torch.int64, device=device)
         self._labelled = np.zeros((2, structures), dtype=np.int64)
+        # the teacher's voxels of all structures in this epoch, and those of them in islands
         self._removed = np.zeros(2, dtype=np.int64)
 
     def learn(self, reference: Tensor) -> None:
