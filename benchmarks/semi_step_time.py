@@ -170,6 +170,8 @@ def _start(cls: type, folder: Path, configuration: str, device: torch.device, se
         trainer: Any = cls(plans, configuration, 0, description, device)
         trainer.on_train_start()
         trainer.on_train_epoch_start()
+        if isinstance(trainer, nnUNetTrainerSemi):
+            trainer._islands.one_piece[:] = True  # islands are looked for from the second epoch on
     return trainer
 
 
