@@ -114,8 +114,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         self._sums = EpochSums(len(classes), self.device)
         outputs = self.label_manager.num_segmentation_heads
         self._thresholds = Thresholds(self.confidence_threshold, outputs, self._regions, self.device)
-        weights = getattr(self.loss, "weight_factors", (1.0,))
         self._islands = Islands(len(classes), self._regions, self.device)
+        weights = getattr(self.loss, "weight_factors", (1.0,))
         batch_dice = self.configuration_manager.batch_dice
         self._unlabelled_loss = UnlabelledLoss(self._regions, batch_dice, self.is_ddp, weights)
 
@@ -250,8 +250,13 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         learned = self.current_epoch + 1 > self.unlabelled_ramp * self.num_epochs
         reasons = self._guard.judge(record["shares"], record["known"], record["agreement"], learned)
         self._thresholds.next_epoch(self.is_ddp)
-        record |= {"thresholds": self._thresholds.values.tolist(), "islands": self._islands.next_epoch(self.is_ddp)}
-        record |= {"one_piece": self._islands.one_piece.tolist(), "guard": self._guard.factor, "collapse": reasons}
+        record |= {
+            "thresholds": self._thresholds.values.tolist(),
+            "islands": self._islands.next_epoch(self.is_ddp),
+            "one_piece": self._islands.one_piece.tolist(),
+            "guard": self._guard.factor,
+            "collapse": reasons,
+        }
         self.semi_history.append(record)
         if self.local_rank != 0:
             return
