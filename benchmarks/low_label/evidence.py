@@ -143,17 +143,21 @@ def write_readme(out: Path, target: Path) -> None:
 
 
 def results_table(out: Path) -> str:
-    """Markdown table of the studies that compare with plain nnU-Net on test patients; of all of them if none does."""
+    """Markdown table of the studies that compare with plain nnU-Net on test patients; of all of them if none does.
+
+    Arms in an earlier form of their trainer are left out: the table tells what a user of today gets.
+    """
     found = [results for results in map(_latest, _folders(out)) if results.baseline == PLAIN]
     tested = [results for results in found if results.on == "test"]
-    tasks, earlier = {}, {}
+    tasks = {}
     for results in tested or found:
         run = results.runs[0]
         task, count = run["setting"]["task"], len(set(run["patient_of"].values()))
         data = task["data"].partition("_")[2]
         name = f"{data} `{task['configuration']}`, {count} {results.on} patients (`{results.study}`)"
-        tasks[name], earlier[name] = results.cells(), told(results.study).earlier
-    return report.summary(tasks, SHOWN, earlier)
+        earlier = told(results.study).earlier
+        tasks[name] = [cell for cell in results.cells() if cell.arm not in earlier]
+    return report.summary(tasks, SHOWN)
 
 
 def page(out: Path, target: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,16 +153,13 @@ def trials(results: Results, notes: Mapping[str, str]) -> str:
     return markdown([*header, "conclusion"], rows)
 
 
-def summary(
-    tasks: Mapping[str, Sequence[Cell]], arms: Sequence[str], earlier: Mapping[str, Container[str]] | None = None
-) -> str:
+def summary(tasks: Mapping[str, Sequence[Cell]], arms: Sequence[str]) -> str:
     """Markdown table of the Dice of some arms, a line for each task and number of labelled patients.
 
     Args:
         tasks: Cells of each task, by its name.
         arms: Columns, the baseline first; the others with their difference to it, bold if its interval is without 0.
             Columns and lines without any comparison are left out.
-        earlier: Arms of each task whose results are of an earlier form of their trainer; they get a dagger.
     """
     _, plain, signed = METRICS["dice"]
     lines: list[tuple[list[str], dict[str, str]]] = []
@@ -177,8 +174,6 @@ def summary(
                     difference = signed.format(mean.value)
                     clear = mean.low > 0 or mean.high < 0
                     texts[arm] += f" (**{difference}**)" if clear else f" ({difference})"
-                if arm in (earlier or {}).get(name, ()):
-                    texts[arm] += " †"
             if arms[0] in texts and len(texts) > 1:
                 lines.append(([name, str(labelled)], texts))
     shown = [arm for arm in arms if any(arm in texts for _, texts in lines)]
