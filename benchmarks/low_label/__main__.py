@@ -39,7 +39,7 @@ stand beside the table. `labelled`, `draws` (one number, or one for each in `lab
 - `training`: initial_lr, weight_decay, oversample_foreground_percent, warmup_epochs, and of the semi-supervised
   trainers confidence_threshold, teacher_decay, unlabelled_weight and the like;
 - `tasks`, `labelled`: these only; `note`: what was concluded, for the table; `earlier`: true if the results are of an
-  earlier form of the trainer, which the tables then say.
+  earlier form of the trainer; README and the head of the page then leave them out.
 
 `training` and `pretraining` of the file hold for all arms, an arm's own values win. All arms are compared with
 `baseline` (an arm; plain if there is none). With another one than plain, the table has one line per trial and says in

@@ -40,7 +40,8 @@ IN_SHORT = """## In short
 The question: a few patients are labelled, many are not; how much better is the segmentation when the unlabelled scans
 are used, and by which of the ways that this package offers? Each way is compared with plain nnU-Net on the same
 patients, with the same labelled ones and the same number of training steps. Dice is 1 for a perfect segmentation and 0
-for a useless one. A difference is given with its 95 % interval; where that includes 0, the two may be equal.
+for a useless one. A difference is given with its 95 % interval; where that includes 0, the two may be equal. Here are
+the results on test patients of the trainers as they are today; all others follow below.
 """
 HEADER = """## How it was measured
 
@@ -143,21 +144,25 @@ def write_readme(out: Path, target: Path) -> None:
 
 
 def results_table(out: Path) -> str:
-    """Markdown table of the studies that compare with plain nnU-Net on test patients; of all of them if none does.
+    """Markdown table of what a user of today gets."""
+    return report.summary({f"{name} (`{study}`)": cells for name, study, cells in _today(out)}, SHOWN)
 
-    Arms in an earlier form of their trainer are left out: the table tells what a user of today gets.
+
+def _today(out: Path) -> list[tuple[str, str, list[report.Cell]]]:
+    """Data with patients, study, and cells of the trainers as they are today.
+
+    Of the studies that compare with plain nnU-Net: those on test patients, or all if none is. Arms in an earlier form
+    of their trainer are left out.
     """
     found = [results for results in map(_latest, _folders(out)) if results.baseline == PLAIN]
-    tested = [results for results in found if results.on == "test"]
-    tasks = {}
-    for results in tested or found:
-        run = results.runs[0]
+    told_of_today = []
+    for results in [results for results in found if results.on == "test"] or found:
+        run, earlier = results.runs[0], told(results.study).earlier
         task, count = run["setting"]["task"], len(set(run["patient_of"].values()))
-        data = task["data"].partition("_")[2]
-        name = f"{data} `{task['configuration']}`, {count} {results.on} patients (`{results.study}`)"
-        earlier = told(results.study).earlier
-        tasks[name] = [cell for cell in results.cells() if cell.arm not in earlier]
-    return report.summary(tasks, SHOWN)
+        name = f"{task['data'].partition('_')[2]} `{task['configuration']}`, {count} {results.on} patients"
+        cells = [cell for cell in results.cells() if cell.arm not in earlier and "dice" in cell.metrics]
+        told_of_today.append((name, results.study, cells))
+    return told_of_today
 
 
 def page(out: Path, target: Path) -> str:
@@ -167,7 +172,7 @@ def page(out: Path, target: Path) -> str:
         out: Folder of the results.
         target: Place of the page, for its links.
     """
-    parts = [TITLE, in_short([_latest(folder) for folder in _folders(out)]), HEADER]
+    parts = [TITLE, in_short(out), HEADER]
     for folder in _folders(out):
         study, results = told(folder.parent.name), _latest(folder)
         parts.append(section(results, study, Path(os.path.relpath(folder, target.parent))))
@@ -195,25 +200,19 @@ def _latest(folder: Path) -> report.Results:
     return results
 
 
-def in_short(studies: Sequence[report.Results]) -> str:
-    """What the studies that compare with plain nnU-Net found, in sentences, the numbers from the results."""
+def in_short(out: Path) -> str:
+    """What the studies found for the trainers of today, in sentences, the numbers from the results."""
     lines = [IN_SHORT]
-    for results in studies:
-        if results.baseline != PLAIN:
-            continue
-        task, count = results.runs[0]["setting"]["task"], len(set(results.runs[0]["patient_of"].values()))
-        cells, earlier = [cell for cell in results.cells() if "dice" in cell.metrics], told(results.study).earlier
+    for name, study, cells in _today(out):
         sentences = []
         for labelled in dict.fromkeys(cell.labelled for cell in cells):
-            of_them = {cell.arm: cell for cell in cells if cell.labelled == labelled}
-            sentences += _sentences(labelled, of_them, earlier)
+            sentences += _sentences(labelled, {cell.arm: cell for cell in cells if cell.labelled == labelled})
         if sentences:
-            data = task["data"].partition("_")[2]
-            lines += [f"**{data}**, {count} {results.on} patients (`{results.study}`), mean Dice:\n", *sentences, ""]
+            lines += [f"**{name}** (`{study}`), mean Dice:\n", *sentences, ""]
     return "\n".join(lines)
 
 
-def _sentences(labelled: int | str, cells: Mapping[str, report.Cell], earlier: frozenset[str]) -> list[str]:
+def _sentences(labelled: int | str, cells: Mapping[str, report.Cell]) -> list[str]:
     """One list item for a number of labelled patients: plain nnU-Net, and how far the others are from it."""
     if PLAIN not in cells or len(cells) == 1:
         return []
@@ -224,7 +223,6 @@ def _sentences(labelled: int | str, cells: Mapping[str, report.Cell], earlier: f
             continue
         mean = found.mean
         clear = "" if mean.low > 0 or mean.high < 0 else ", not clearly different"
-        what += " in an earlier form" if arm in earlier else ""
         parts.append(f"{what} {mean.value:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}{clear})")
     if not parts:
         return []

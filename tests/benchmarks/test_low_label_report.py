@@ -290,24 +290,20 @@ def test_the_page_begins_with_sentences_whose_numbers_are_those_of_the_table(tmp
         document("semi", 2, 0, [d + 0.1 for d in BASE]),
         document("kaf_all", 2, 0, [0.31] * 5),
     )
-    found = report.load(tmp_path / "cpu" / "heart", "validation")
-    assert found is not None
-    (line,) = [line for line in evidence.in_short([found]).splitlines() if line.startswith("- ")]
+    (line,) = [line for line in evidence.in_short(tmp_path).splitlines() if line.startswith("- ")]
     once = "one training of each (chance in it is not part of the intervals)"
     assert line.startswith(f"- 2 labelled patients, {once}: plain nnU-Net 0.300; with unlabelled scans")
     assert "+0.100 (+0.100 to +0.100); KAF, pretrained +0.010 (" in line
     assert line.count("not clearly different") == 1
-    assert "5 validation patients (`cpu`), mean Dice:" in evidence.in_short([found])
+    assert "5 validation patients** (`cpu`), mean Dice:" in evidence.in_short(tmp_path)
 
 
 def test_an_arm_alone_makes_no_sentence(tmp_path: Path) -> None:
     write(tmp_path, document("plain", 2, 0, BASE))
-    found = report.load(tmp_path / "cpu" / "heart", "validation")
-    assert found is not None
-    assert evidence.in_short([found]) == evidence.IN_SHORT
+    assert evidence.in_short(tmp_path) == evidence.IN_SHORT
 
 
-def test_results_of_an_earlier_form_of_a_trainer_say_so(tmp_path: Path) -> None:
+def test_readme_and_head_leave_out_an_earlier_form_of_a_trainer(tmp_path: Path) -> None:
     arms = ("plain", "semi", "kaf_all")
     for study in ("acdc_cpu", "another"):  # the config of the first one marks its arm `semi`
         write(tmp_path, *(document(arm, 2, 0, BASE, study=study) for arm in arms))
@@ -315,11 +311,19 @@ def test_results_of_an_earlier_form_of_a_trainer_say_so(tmp_path: Path) -> None:
     _, _, *lines = evidence.results_table(tmp_path).splitlines()
     assert ["(`acdc_cpu`)" in line for line in lines] == [True, False]  # of acdc_semi nothing of today is left
     assert [line.count("+0.0000") for line in lines] == [1, 2]
-    found = [report.load(tmp_path / study / "heart", "validation") for study in ("acdc_cpu", "another")]
-    earlier, today = (line for line in evidence.in_short(list(filter(None, found))).splitlines() if line[:2] == "- ")
-    assert "(`nnUNetTrainerSemi`) in an earlier form +0.000" in earlier
+    head = evidence.in_short(tmp_path)
+    assert "acdc_semi" not in head
+    earlier, today = (line for line in head.splitlines() if line[:2] == "- ")
+    assert ("nnUNetTrainerSemi" in earlier, "nnUNetTrainerSemi" in today) == (False, True)
     assert "KAF, pretrained +0.000" in earlier
-    assert "earlier" not in today
+    assert "## acdc_semi: heart" in evidence.page(tmp_path, tmp_path / "page.md")
+
+
+def test_readme_and_head_tell_of_test_patients_once_there_are_any(tmp_path: Path) -> None:
+    for study, on in (("a", "validation"), ("b", "test")):
+        write(tmp_path, *(document(arm, 2, 0, BASE, study=study, on=on) for arm in ("plain", "semi")))
+    for text in (evidence.results_table(tmp_path), evidence.in_short(tmp_path)):
+        assert ("`a`" in text, "`b`" in text) == (False, True)
 
 
 def test_studies_with_a_test_come_first(tmp_path: Path) -> None:
