@@ -42,6 +42,10 @@ are used, and by which of the ways that this package offers? Each way is compare
 patients, with the same labelled ones and the same number of training steps. Dice is 1 for a perfect segmentation and 0
 for a useless one. A difference is given with its 95 % interval; where that includes 0, the two may be equal. Here are
 the results on test patients of the trainers as they are today; all others follow below.
+
+The short answer: with two labelled patients, unlabelled scans in the training raised Dice in all three datasets, most on
+ACDC and least on Hippocampus, where nnU-Net alone is good already; with six labelled patients by less. Pretraining alone
+gained little. All trainings were short, of small networks.
 """
 HEADER = """## How it was measured
 
@@ -144,12 +148,15 @@ def write_readme(out: Path, target: Path) -> None:
 
 
 def results_table(out: Path) -> str:
-    """Markdown table of what a user of today gets."""
-    return report.summary({f"{name} (`{study}`)": cells for name, study, cells in _today(out)}, SHOWN)
+    """Markdown table of what a user of today gets; without the patients, to be short, if they are those of a test."""
+    tasks = {}
+    for data, patients, study, cells in _today(out):
+        tasks[f"{data} (`{study}`)" + ("" if patients.endswith("test patients") else f", {patients}")] = cells
+    return report.summary(tasks, SHOWN)
 
 
-def _today(out: Path) -> list[tuple[str, str, list[report.Cell]]]:
-    """Data with patients, study, and cells of the trainers as they are today.
+def _today(out: Path) -> list[tuple[str, str, str, list[report.Cell]]]:
+    """Data, patients, study, and cells of the trainers as they are today.
 
     Of the studies that compare with plain nnU-Net: those on test patients, or all if none is. Arms in an earlier form
     of their trainer are left out.
@@ -159,9 +166,9 @@ def _today(out: Path) -> list[tuple[str, str, list[report.Cell]]]:
     for results in [results for results in found if results.on == "test"] or found:
         run, earlier = results.runs[0], told(results.study).earlier
         task, count = run["setting"]["task"], len(set(run["patient_of"].values()))
-        name = f"{task['data'].partition('_')[2]} `{task['configuration']}`, {count} {results.on} patients"
+        data = f"{task['data'].partition('_')[2]} `{task['configuration']}`"
         cells = [cell for cell in results.cells() if cell.arm not in earlier and "dice" in cell.metrics]
-        told_of_today.append((name, results.study, cells))
+        told_of_today.append((data, f"{count} {results.on} patients", results.study, cells))
     return told_of_today
 
 
@@ -203,12 +210,12 @@ def _latest(folder: Path) -> report.Results:
 def in_short(out: Path) -> str:
     """What the studies found for the trainers of today, in sentences, the numbers from the results."""
     lines = [IN_SHORT]
-    for name, study, cells in _today(out):
+    for data, patients, study, cells in _today(out):
         sentences = []
         for labelled in dict.fromkeys(cell.labelled for cell in cells):
             sentences += _sentences(labelled, {cell.arm: cell for cell in cells if cell.labelled == labelled})
         if sentences:
-            lines += [f"**{name}** (`{study}`), mean Dice:\n", *sentences, ""]
+            lines += [f"**{data}**, {patients} (`{study}`), mean Dice:\n", *sentences, ""]
     return "\n".join(lines)
 
 
