@@ -43,9 +43,9 @@ patients, with the same labelled ones and the same number of training steps. Dic
 for a useless one. A difference is given with its 95 % interval; where that includes 0, the two may be equal. Here are
 the results on test patients of the trainers as they are today; all others follow below.
 
-The short answer: with two labelled patients, unlabelled scans in the training raised Dice in all three datasets, most on
-ACDC and least on Hippocampus, where nnU-Net alone is good already; with six labelled patients by less. Pretraining alone
-gained little. All trainings were short, of small networks.
+The short answer: with two labelled patients, unlabelled scans in the training raised Dice in all three datasets, most
+on ACDC and least on Hippocampus, where nnU-Net alone is good already; with six by less, on CT not clearly. Pretraining
+alone gained little. All trainings were short, of small networks.
 """
 HEADER = """## How it was measured
 
