@@ -165,6 +165,16 @@ def test_table_is_the_one_of_the_committed_results(name: str) -> None:
     assert below.startswith(table.strip() + "\n\n")
 
 
+def test_the_compiled_step_is_that_of_the_committed_results() -> None:
+    document = json.loads((ROOT / "benchmarks" / "results" / "step_time_compiled.json").read_text())
+    section = document["devices"]["cuda"]
+    assert section["setting"]["compiled"]
+    plain, kaf = (section["cases"]["Hippocampus 3d_fullres"]["arms"][name] for name in ("plain", "kaf"))
+    milliseconds = f"{1000 * kaf['step_seconds']:.1f} ms instead of {1000 * plain['step_seconds']:.1f}"
+    told = f"{kaf['step_ratio']['median']:.2f} times for Hippocampus ({milliseconds};"
+    assert told in PERFORMANCE.read_text().replace("\n", " ")
+
+
 def test_the_readme_is_short_and_in_order() -> None:
     text = README.read_text()
     assert len(text.split()) <= 900

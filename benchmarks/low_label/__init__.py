@@ -4,8 +4,8 @@
 - `layout`: where everything is. `raw`, `plans`, `trainers`: the study's own nnU-Net dataset, plans, trainers.
 - `commands`: the stock commands of every run. `worker`: runs them in a process of their own, each step once.
 - `grid`: what there is to do, several at once. `measure`: Dice and Hausdorff distance per case.
-- `stats`, `report`, `figures`, `evidence`: from the results to intervals, tables, figures and
-  `docs/evidence.md`.
+- `stats`, `report`, `figures`, `told`, `in_short`, `evidence`: from the results to intervals, tables, figures, README's
+  table and `docs/evidence.md`.
 """
 
 import sys

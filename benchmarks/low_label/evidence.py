@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +15,16 @@ from nnunetv2_kaf.errors import KAFError
 from pretraining.config import COMPONENTS
 from pretraining.monitoring.monitor import GLOBAL_LOSSES
 
-from . import figures, report, targets
+from . import figures, in_short, report, targets
 from .config import ALL, SEMI_TRAINERS, Study
 from .layout import RESULTS, read_json
 from .targets import PLAIN
+from .told import Told, found, told
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
 README = EVIDENCE.parents[1] / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-SHOWN = ("plain", "plain_pcl", "kaf_scratch", "kaf_all", "kaf_semi", "semi")
-"""Arms of the table in the README."""
-WORDS = {
-    "semi": "with unlabelled scans in the training (`nnUNetTrainerSemi`)",
-    "kaf_semi": "with them, KAF layers and pretraining (`nnUNetTrainerKAFSemi`)",
-    "plain_pcl": "pretrained without KAF layers (`--network plain --preset pcl`)",
-    "kaf_all": "KAF, pretrained",
-    "kaf_scratch": "KAF, not pretrained",
-}
-"""What the sentences call the arms."""
 TITLE = "# Segmentation with few labelled patients\n"
-IN_SHORT = """## In short
-
-The question: a few patients are labelled, many are not; how much better is the segmentation when the unlabelled scans
-are used, and by which of the ways that this package offers? Each way is compared with plain nnU-Net on the same
-patients, with the same labelled ones and the same number of training steps. Dice is 1 for a perfect segmentation and 0
-for a useless one. A difference is given with its 95 % interval; where that includes 0, the two may be equal. Here are
-the results on test patients of the trainers as they are today; all others follow below.
-
-The short answer: with two labelled patients, unlabelled scans in the training raised Dice in all three datasets, most
-on ACDC and least on Hippocampus, where nnU-Net alone is good already; with six by less, on CT not clearly. Pretraining
-alone gained little. All trainings were short, of small networks.
-"""
 HEADER = """## How it was measured
 
 Written by `python -m benchmarks.low_label --report` from the files in `benchmarks/results/low_label`, which hold every
@@ -63,37 +41,6 @@ case of every run. How it was measured, and the command that repeats it: the hea
   runs that share it, and is given in full for each; the first one of a task also detects the keypoints of all cases.
   "unknown": the run was interrupted.
 """
-
-
-@dataclass(frozen=True)
-class Told:
-    """What the config of a study says about its tables.
-
-    Attributes:
-        comment: Text.
-        conclusion: Text, or nothing.
-        arms: Their order.
-        baseline: Arm that the others are compared with.
-        notes: Conclusions, by arm.
-        earlier: Arms whose results are of an earlier form of their trainer.
-    """
-
-    comment: str
-    conclusion: str
-    arms: tuple[str, ...]
-    baseline: str
-    notes: Mapping[str, str]
-    earlier: frozenset[str]
-
-
-def told(study: str) -> Told:
-    """Read the committed config of a study; of another one nothing is known."""
-    content = read_json(Path(__file__).with_name(f"{study}.json")) or {}
-    arms = content.get("arms", {})
-    notes = {name: arm["note"] for name, arm in arms.items() if "note" in arm}
-    texts = content.get("comment", ""), content.get("conclusion", "")
-    earlier = frozenset(name for name, arm in arms.items() if arm.get("earlier"))
-    return Told(*texts, tuple(arms), content.get("baseline", PLAIN), notes, earlier)
 
 
 def write_task(folder: Path, arms: Sequence[str], baseline: str) -> list[Path]:
@@ -126,9 +73,8 @@ def write_study(study: Study, out: Path) -> list[Path]:
 
 def write_evidence(out: Path, target: Path) -> None:
     """Write the page, and the tables and figures that it shows."""
-    for folder in _folders(out):
-        study = told(folder.parent.name)
-        write_task(folder, study.arms, study.baseline)
+    for task in found(out):
+        write_task(task.folder, task.told.arms, task.told.baseline)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(out, target))
 
@@ -144,32 +90,7 @@ def write_readme(out: Path, target: Path) -> None:
         raise KAFError(f"{target}: expected one line {BEGIN} and one line {END}, between which the table is written.")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    target.write_text(f"{before}{BEGIN}\n\n{results_table(out)}\n\n{END}{after}", encoding="utf-8")
-
-
-def results_table(out: Path) -> str:
-    """Markdown table of what a user of today gets; without the patients, to be short, if they are those of a test."""
-    tasks = {}
-    for data, patients, study, cells in _today(out):
-        tasks[f"{data} (`{study}`)" + ("" if patients.endswith("test patients") else f", {patients}")] = cells
-    return report.summary(tasks, SHOWN)
-
-
-def _today(out: Path) -> list[tuple[str, str, str, list[report.Cell]]]:
-    """Data, patients, study, and cells of the trainers as they are today.
-
-    Of the studies that compare with plain nnU-Net: those on test patients, or all if none is. Arms in an earlier form
-    of their trainer are left out.
-    """
-    found = [results for results in map(_latest, _folders(out)) if results.baseline == PLAIN]
-    told_of_today = []
-    for results in [results for results in found if results.on == "test"] or found:
-        run, earlier = results.runs[0], told(results.study).earlier
-        task, count = run["setting"]["task"], len(set(run["patient_of"].values()))
-        data = f"{task['data'].partition('_')[2]} `{task['configuration']}`"
-        cells = [cell for cell in results.cells() if cell.arm not in earlier and "dice" in cell.metrics]
-        told_of_today.append((data, f"{count} {results.on} patients", results.study, cells))
-    return told_of_today
+    target.write_text(f"{before}{BEGIN}\n\n{in_short.table(found(out))}\n\n{END}{after}", encoding="utf-8")
 
 
 def page(out: Path, target: Path) -> str:
@@ -179,63 +100,13 @@ def page(out: Path, target: Path) -> str:
         out: Folder of the results.
         target: Place of the page, for its links.
     """
-    parts = [TITLE, in_short(out), HEADER]
-    for folder in _folders(out):
-        study, results = told(folder.parent.name), _latest(folder)
-        parts.append(section(results, study, Path(os.path.relpath(folder, target.parent))))
+    tasks = found(out)
+    parts = [TITLE, in_short.sentences(tasks), HEADER]
+    for task in tasks:
+        parts.append(section(task.results, task.told, Path(os.path.relpath(task.folder, target.parent))))
     parts += filter(None, [attention_page.summary(out.parent)])
     parts += [f"## {name}\n\nNot measured yet. {told(name).comment}\n" for name in _unmeasured(out)]
     return "\n".join(parts)
-
-
-def _folders(out: Path) -> list[Path]:
-    """Results of all tasks, those on test patients before the others, and trials last."""
-    found = {file.parents[2] for file in out.glob("*/*/runs/*/*.json")}
-
-    def order(folder: Path) -> tuple[bool, bool, Path]:
-        return told(folder.parent.name).baseline != PLAIN, not (folder / "runs" / "test").is_dir(), folder
-
-    return sorted(found, key=order)
-
-
-def _latest(folder: Path) -> report.Results:
-    """Results of a task on its test patients, or on those for validation as long as the test was not used."""
-    study = told(folder.parent.name)
-    found = [report.load(folder, on, study.arms, study.baseline) for on in ("test", "validation")]
-    results = found[0] or found[1]
-    assert results is not None, "a folder of results has runs"
-    return results
-
-
-def in_short(out: Path) -> str:
-    """What the studies found for the trainers of today, in sentences, the numbers from the results."""
-    lines = [IN_SHORT]
-    for data, patients, study, cells in _today(out):
-        sentences = []
-        for labelled in dict.fromkeys(cell.labelled for cell in cells):
-            sentences += _sentences(labelled, {cell.arm: cell for cell in cells if cell.labelled == labelled})
-        if sentences:
-            lines += [f"**{data}**, {patients} (`{study}`), mean Dice:\n", *sentences, ""]
-    return "\n".join(lines)
-
-
-def _sentences(labelled: int | str, cells: Mapping[str, report.Cell]) -> list[str]:
-    """One list item for a number of labelled patients: plain nnU-Net, and how far the others are from it."""
-    if PLAIN not in cells or len(cells) == 1:
-        return []
-    parts = []
-    for arm, what in WORDS.items():
-        found = cells[arm].differences.get("dice") if arm in cells else None
-        if found is None:
-            continue
-        mean = found.mean
-        clear = "" if mean.low > 0 or mean.high < 0 else ", not clearly different"
-        parts.append(f"{what} {mean.value:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}{clear})")
-    if not parts:
-        return []
-    plain = cells[PLAIN].metrics["dice"].value
-    once = ", one training of each (chance in it is not part of the intervals)" if cells[PLAIN].draws == 1 else ""
-    return [f"- {labelled} labelled patients{once}: plain nnU-Net {plain:.3f}; " + "; ".join(parts) + "."]
 
 
 def _unmeasured(out: Path) -> list[str]:

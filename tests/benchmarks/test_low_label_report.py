@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from low_label import evidence, report, targets
+from low_label import evidence, in_short, report, targets, told
 from low_label.layout import RESULTS
 
 from nnunetv2_kaf.errors import KAFError
@@ -150,7 +150,7 @@ def test_evidence_shows_each_study_by_itself_and_the_test_if_there_is_one(result
 
 def test_a_conclusion_stands_below_test_results_only(results: Path) -> None:
     write(results, document("plain", 2, 0, BASE, on="test"))
-    study = replace(evidence.told("smoke"), conclusion="What it shows.")
+    study = replace(told.told("smoke"), conclusion="What it shows.")
     for on in ("validation", "test"):
         found = report.load(results / "cpu" / "heart", on)
         assert found is not None
@@ -162,7 +162,7 @@ def test_pretrainings_are_compared_with_pretrainings_alone(tmp_path: Path) -> No
         write(tmp_path, document(arm, 2, 0, [d + gain for d in BASE], on="test"))
     found = report.load(tmp_path / "cpu" / "heart", "test")
     assert found is not None
-    text = evidence.section(found, evidence.told("smoke"), Path())
+    text = evidence.section(found, told.told("smoke"), Path())
     assert "above every other pretrained arm, 2 labelled | +0.1000 to the best of them, `kaf_all_2` | yes |" in text
 
 
@@ -237,7 +237,7 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
 
 
 def test_the_readme_has_the_results_of_all_studies(tmp_path: Path) -> None:
-    table = evidence.results_table(RESULTS)
+    table = in_short.table(told.found(RESULTS))
     assert len(table.splitlines()) > 2
     assert f"{evidence.BEGIN}\n\n{table}\n\n{evidence.END}" in evidence.README.read_text()
     copy = tmp_path / "README.md"
@@ -267,14 +267,14 @@ def test_the_readme_shows_what_is_compared_only(tmp_path: Path) -> None:
 def test_the_readme_prefers_test_patients(tmp_path: Path) -> None:
     for study, on, label in (("a", "validation", "(`a`), 5 validation patients |"), ("b", "test", "(`b`) |")):
         write(tmp_path, *(document(arm, 2, 0, BASE, study=study, on=on) for arm in ("plain", "semi")))
-        (line,) = evidence.results_table(tmp_path).splitlines()[2:]
+        (line,) = in_short.table(told.found(tmp_path)).splitlines()[2:]
         assert label in line
 
 
 def test_the_readme_shows_all_studies_of_a_dataset(tmp_path: Path) -> None:
     for study in ("a", "b"):
         write(tmp_path, document("plain", 2, 0, BASE, study=study), document("semi", 2, 0, BASE, study=study))
-    lines = evidence.results_table(tmp_path).splitlines()[2:]
+    lines = in_short.table(told.found(tmp_path)).splitlines()[2:]
     assert ["(`a`)" in line for line in lines] == [True, False]
     assert ["(`b`)" in line for line in lines] == [False, True]
 
@@ -286,17 +286,17 @@ def test_the_page_begins_with_sentences_whose_numbers_are_those_of_the_table(tmp
         document("semi", 2, 0, [d + 0.1 for d in BASE]),
         document("kaf_all", 2, 0, [0.31] * 5),
     )
-    (line,) = [line for line in evidence.in_short(tmp_path).splitlines() if line.startswith("- ")]
+    (line,) = [line for line in in_short.sentences(told.found(tmp_path)).splitlines() if line.startswith("- ")]
     once = "one training of each (chance in it is not part of the intervals)"
     assert line.startswith(f"- 2 labelled patients, {once}: plain nnU-Net 0.300; with unlabelled scans")
     assert "+0.100 (+0.100 to +0.100); KAF, pretrained +0.010 (" in line
     assert line.count("not clearly different") == 1
-    assert "5 validation patients (`cpu`), mean Dice:" in evidence.in_short(tmp_path)
+    assert "5 validation patients (`cpu`), mean Dice:" in in_short.sentences(told.found(tmp_path))
 
 
 def test_an_arm_alone_makes_no_sentence(tmp_path: Path) -> None:
     write(tmp_path, document("plain", 2, 0, BASE))
-    assert evidence.in_short(tmp_path) == evidence.IN_SHORT
+    assert in_short.sentences(told.found(tmp_path)) == in_short.IN_SHORT
 
 
 def test_readme_and_head_leave_out_an_earlier_form_of_a_trainer(tmp_path: Path) -> None:
@@ -304,10 +304,10 @@ def test_readme_and_head_leave_out_an_earlier_form_of_a_trainer(tmp_path: Path) 
     for study in ("acdc_cpu", "another"):  # the config of the first one marks its arm `semi`
         write(tmp_path, *(document(arm, 2, 0, BASE, study=study) for arm in arms))
     write(tmp_path, *(document(arm, 2, 0, BASE, study="acdc_semi") for arm in arms[:2]))
-    _, _, *lines = evidence.results_table(tmp_path).splitlines()
+    _, _, *lines = in_short.table(told.found(tmp_path)).splitlines()
     assert ["(`acdc_cpu`)" in line for line in lines] == [True, False]  # of acdc_semi nothing of today is left
     assert [line.count("+0.0000") for line in lines] == [1, 2]
-    head = evidence.in_short(tmp_path)
+    head = in_short.sentences(told.found(tmp_path))
     assert "acdc_semi" not in head
     earlier, today = (line for line in head.splitlines() if line[:2] == "- ")
     assert ("nnUNetTrainerSemi" in earlier, "nnUNetTrainerSemi" in today) == (False, True)
@@ -318,7 +318,7 @@ def test_readme_and_head_leave_out_an_earlier_form_of_a_trainer(tmp_path: Path) 
 def test_the_head_tells_of_test_patients_once_there_are_any(tmp_path: Path) -> None:
     for study, on in (("a", "validation"), ("b", "test")):
         write(tmp_path, *(document(arm, 2, 0, BASE, study=study, on=on) for arm in ("plain", "semi")))
-    head = evidence.in_short(tmp_path)
+    head = in_short.sentences(told.found(tmp_path))
     assert ("`a`" in head, "5 test patients (`b`)" in head) == (False, True)
 
 
@@ -344,7 +344,7 @@ def test_curves_are_held_against_collapse(tmp_path: Path) -> None:
 def test_no_other_objectives_are_clearly_better_than_the_default_ones() -> None:
     """The weights of `kaf_all` are those of the defaults; a trial that clearly wins on two tasks would replace them."""
     folder = RESULTS / "acdc_objectives" / "acdc_2d"
-    study = evidence.told(folder.parent.name)
+    study = told.told(folder.parent.name)
     found = report.load(folder, "validation", study.arms, study.baseline)
     assert found is not None
     weights = {name: getattr(PretrainConfig(), name) for name in ("weight_local", "weight_transport")}
