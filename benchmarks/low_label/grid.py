@@ -91,10 +91,13 @@ def prepare(layout: Layout, data: Path, threads: int, launch: Launch) -> Split:
 
 
 def training_jobs(layout: Layout, split: Split) -> list[Job]:
-    """The pretrainings, and the trainings with their validation."""
+    """The pretrainings, and the trainings with their validation, draw by draw.
+
+    So a study that is not finished yet compares its arms on the same draws.
+    """
     pretrainings: dict[str, Job] = {}
     runs = []
-    for arm, fold in layout.runs(split):
+    for arm, fold in sorted(layout.runs(split), key=lambda run: run[1].draw):
         needs = None
         if arm.pretraining is not None:
             needs = f"pretrain_{layout.pretraining(arm, fold).name}"
