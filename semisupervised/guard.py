@@ -12,14 +12,12 @@ from torch import distributed as dist
 
 LOWEST = 1 / 16
 """The weight is never lowered further than to this share."""
-INCOMPLETE = 0.5
-"""Share of the weight while a class has not appeared in the pseudo-labels yet."""
 VANISHED = 0.05
 """A class has vanished if it falls below this share of its largest share so far."""
 ESTABLISHED = 5
 """Epochs in a row after which a class is there to stay, so that its absence is a collapse."""
 FALL = 0.15
-"""A fall of the agreement below its best by more than this is a collapse."""
+"""A fall of the agreement below its best by more than this, as a mean over the classes, is a collapse."""
 FORGET = 0.98
 """What is largest or best so far shrinks by this factor per epoch, so that one lucky epoch is not held against it."""
 
@@ -34,11 +32,10 @@ class Guard:
     Attributes:
         names: Of the foreground classes or regions.
         known: Dice of the teacher on the labelled training patches of the last epoch; 0 in the first one.
-        factor: Of the weight; halved by every epoch with a collapse, doubled by every other one up to 1, or up to 0.5
-            while a class has not appeared in the pseudo-labels yet.
+        factor: Of the weight; halved by every epoch with a collapse, doubled by every other one up to 1.
         largest: Largest share of each class in the sure voxels so far.
         present: Epochs in a row in which each class has been there.
-        best: Best agreement since the ramp-up.
+        best: Best agreement in each class since the ramp-up.
     """
 
     names: Sequence[str]
@@ -46,11 +43,12 @@ class Guard:
     factor: float = 1.0
     largest: list[float] = field(default_factory=list)
     present: list[int] = field(default_factory=list)
-    best: float = 0.0
+    best: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Start with no class seen."""
         self.largest = self.largest or [0.0] * len(self.names)
+        self.best = self.best or [0.0] * len(self.names)
         self.present = self.present or [0] * len(self.names)
 
     @property
@@ -58,20 +56,23 @@ class Guard:
         """What the unlabelled loss is multiplied with in the next epoch, 0 to 1."""
         return self.known * self.factor
 
-    def judge(self, shares: Sequence[float], known: float, agreement: float, learned: bool) -> list[str]:
+    def judge(
+        self, shares: Sequence[float], known: float, agreements: Sequence[float | None], learned: bool
+    ) -> list[str]:
         """Judge an epoch.
 
         Args:
             shares: Of each foreground class in the sure voxels.
             known: Dice of the teacher on labelled training patches, from 0 to 1.
-            agreement: Of teacher and network on labelled training patches, a Dice from 0 to 1.
+            agreements: Of teacher and network on labelled training patches, a Dice from 0 to 1 for each class; None
+                where neither of them found the class.
             learned: Whether the ramp-up is over; before, nothing is a collapse.
 
         Returns:
             What is wrong, in words; nothing if all is well.
         """
         self.known = known
-        collapse, waiting = [], []
+        collapse = []
         for i, (name, share) in enumerate(zip(self.names, shares, strict=True)):
             most = self.largest[i]
             gone = share == 0 or share < VANISHED * most
@@ -80,24 +81,28 @@ class Guard:
                     f"class {name} vanishes from the pseudo-labels ({share:.2g} of the sure voxels, {most:.2g} at most "
                     "so far)"
                 )
-            elif share == 0 and self.present[i] < ESTABLISHED and learned:
-                waiting.append(f"class {name} has not appeared in the pseudo-labels yet")
             if not gone:
                 self.present[i] += 1
             elif self.present[i] < ESTABLISHED:
                 self.present[i] = 0
             self.largest[i] = max(share, FORGET * most)
         if learned:
-            if agreement < self.best - FALL:
-                collapse.append(
-                    f"teacher and network agree less on labelled training patches ({agreement:.2f}, {self.best:.2f} at "
-                    "best so far)"
-                )
-            self.best = max(agreement, FORGET * self.best)
+            collapse += self._parted(agreements)
         self.factor = max(LOWEST, self.factor / 2) if collapse else min(1.0, self.factor * 2)
-        if waiting:
-            self.factor = min(INCOMPLETE, self.factor)
-        return [*collapse, *waiting]
+        return collapse
+
+    def _parted(self, agreements: Sequence[float | None]) -> list[str]:
+        """Compare the agreement with its best, class by class.
+
+        A mean over the classes would fall when the network finds a new one, which its teacher does not know yet.
+        """
+        pairs = list(zip(agreements, self.best, strict=True))
+        falls = [best - found for found, best in pairs if found is not None]
+        fall = sum(falls) / max(1, len(falls))
+        self.best = [max(found or 0.0, FORGET * best) for found, best in pairs]
+        if fall <= FALL:
+            return []
+        return [f"teacher and network agree less on labelled training patches (by {fall:.2f} than at best so far)"]
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued training needs; primitives."""
@@ -106,13 +111,13 @@ class Guard:
             "factor": self.factor,
             "largest": list(self.largest),
             "present": list(self.present),
-            "best": self.best,
+            "best": list(self.best),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state saved by `state_dict`."""
-        self.known, self.factor, self.best = state["known"], state["factor"], state["best"]
-        self.largest, self.present = list(state["largest"]), list(state["present"])
+        self.known, self.factor = state["known"], state["factor"]
+        self.largest, self.present, self.best = (list(state[name]) for name in ("largest", "present", "best"))
 
 
 class EpochSums:
@@ -179,9 +184,9 @@ class EpochSums:
         """The epoch's numbers over all processes, and start again from 0.
 
         Returns:
-            sure: share of sure voxels; shares: of each class in them; agreement, known: Dice of the teacher with the
-            network and with the reference on labelled patches, means over the classes that occur; labelled_loss,
-            unlabelled_loss: means.
+            sure: share of sure voxels; shares: of each class in them; agreements: Dice of teacher and network on
+            labelled patches in each class, None where neither found it; agreement, known: Dice of the teacher with the
+            network and with the reference, means over the classes that occur; labelled_loss, unlabelled_loss: means.
         """
         if ddp:
             dist.all_reduce(self._sums)
@@ -190,17 +195,24 @@ class EpochSums:
         voxels, sure = sums[:2]
         shares, *dice = (sums[2 + i * self.classes : 2 + (i + 1) * self.classes] for i in range(5))
         steps, labelled, unlabelled = sums[-3:]
+        agreements, known = _dice(*dice[:2]), _dice(*dice[2:])
         return {
             "sure": sure / max(1.0, voxels),
             "shares": [count / max(1.0, sure) for count in shares],
-            "agreement": _mean_dice(*dice[:2]),
-            "known": _mean_dice(*dice[2:]),
+            "agreements": agreements,
+            "agreement": _mean(agreements),
+            "known": _mean(known),
             "labelled_loss": labelled / max(1.0, steps),
             "unlabelled_loss": unlabelled / max(1.0, steps),
         }
 
 
-def _mean_dice(twice_both: Sequence[float], sizes: Sequence[float]) -> float:
+def _dice(twice_both: Sequence[float], sizes: Sequence[float]) -> list[float | None]:
+    """Of each class; None if there is none of it."""
+    return [both / size if size > 0 else None for both, size in zip(twice_both, sizes, strict=True)]
+
+
+def _mean(dice: Sequence[float | None]) -> float:
     """Mean over the classes that occur; 0 if none does."""
-    dice = [both / size for both, size in zip(twice_both, sizes, strict=True) if size > 0]
-    return sum(dice) / len(dice) if dice else 0.0
+    there = [value for value in dice if value is not None]
+    return sum(there) / len(there) if there else 0.0

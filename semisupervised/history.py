@@ -30,17 +30,20 @@ def foreground_names(labels: Any) -> list[str]:
     return [names[key(value)] for value in classes]
 
 
-def log_lines(record: Mapping[str, Any]) -> list[str]:
+def log_lines(record: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     """An epoch in words.
 
     Args:
         record: Of `EpochSums.finish`, with `weight`, and the guard's verdict in `guard` and `collapse`.
+        classes: Names of the foreground classes.
     """
+    lacking = [name for name, share in zip(classes, record["shares"], strict=True) if share == 0]
     lines = [
         f"KAF: labelled loss {record['labelled_loss']:.4f}, unlabelled loss {record['unlabelled_loss']:.4f} with "
         f"weight {record['weight']:.3f}; teacher sure of {100 * record['sure']:.1f} % of the voxels, "
         f"{100 * record['islands']:.1f} % of its structures taken out as islands, its Dice on labelled training "
         f"patches {record['known']:.3f}, agreement with the network {record['agreement']:.3f}"
+        + (f"; not in its labels: {', '.join(lacking)}" if lacking else "")
     ]
     for reason in record["collapse"]:
         lines.append(f"KAF: WARNING: {reason}; the unlabelled loss goes on with {record['guard']:.3g} of its weight")

@@ -248,7 +248,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         super().on_train_epoch_end(train_outputs)
         record = {"epoch": self.current_epoch, "weight": self.current_weight(), **self._sums.finish(self.is_ddp)}
         learned = self.current_epoch + 1 > self.unlabelled_ramp * self.num_epochs
-        reasons = self._guard.judge(record["shares"], record["known"], record["agreement"], learned)
+        reasons = self._guard.judge(record["shares"], record["known"], record["agreements"], learned)
         self._thresholds.next_epoch(self.is_ddp)
         record |= {
             "thresholds": self._thresholds.values.tolist(),
@@ -260,7 +260,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         self.semi_history.append(record)
         if self.local_rank != 0:
             return
-        for line in log_lines(record):
+        for line in log_lines(record, self._guard.names):
             self.print_to_log_file(line)
         # nnU-Net writes a checkpoint then, and drawing takes about a second
         draw = self.current_epoch + 1 == self.num_epochs or (self.current_epoch + 1) % self.save_every == 0

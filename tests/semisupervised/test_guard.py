@@ -7,57 +7,60 @@ from semisupervised.guard import ESTABLISHED, LOWEST, EpochSums, Guard
 def test_a_healthy_training_keeps_its_weight():
     guard = Guard(["a", "b"])
     for epoch in range(20):
-        assert not guard.judge([0.1, 0.02], 1.0, 0.5 + epoch / 50, learned=True)
+        assert not guard.judge([0.1, 0.02], 1.0, [0.5 + epoch / 50, 0.9], learned=True)
     assert guard.factor == 1
 
 
 def healthy(guard, epochs=ESTABLISHED):
     for _ in range(epochs):
-        assert not guard.judge([0.1, 0.02], 1.0, 0.9, learned=True)
+        assert not guard.judge([0.1, 0.02], 1.0, [0.9, 0.9], learned=True)
     return guard
 
 
 def test_a_class_that_vanishes_lowers_the_weight_until_it_is_back():
     guard = healthy(Guard(["a", "b"]))
-    (reason,) = guard.judge([0.1, 0.0005], 1.0, 0.9, learned=True)
+    (reason,) = guard.judge([0.1, 0.0005], 1.0, [0.9, 0.9], learned=True)
     assert "class b vanishes" in reason
     assert guard.factor == 0.5
     for _ in range(10):
-        guard.judge([0.1, 0.0], 1.0, 0.9, learned=True)
+        guard.judge([0.1, 0.0], 1.0, [0.9, None], learned=True)
     assert guard.factor == LOWEST
     healthy(guard, 4)
     assert guard.factor == 1
 
 
-def test_a_class_that_is_not_there_yet_halves_the_weight_and_no_more():
+def test_a_class_that_comes_and_goes_by_a_few_voxels_does_not_vanish():
     guard = Guard(["a", "b"])
-    assert not guard.judge([0.1, 0.0], 1.0, 0.1, learned=False), "during the ramp-up nothing is a collapse"
-    assert guard.factor == 1
-    for share in (0.0, 1e-6, 0.0, 0.0):  # a few voxels by chance do not make a class
-        reasons = guard.judge([0.1, share], 1.0, 0.5, learned=True)
-        assert [("b has not appeared" in reason) for reason in reasons] == [True] * (share == 0)
-    assert guard.factor == 0.5
-    healthy(guard, 1)
+    for share in (0.0, 1e-6, 0.0, 0.0):
+        assert not guard.judge([0.1, share], 1.0, [0.9, None], learned=True)
     assert guard.factor == 1
 
 
 def test_falling_agreement_lowers_the_weight():
     guard = Guard(["a"])
-    guard.judge([0.1], 1.0, 0.99, learned=False)
-    guard.judge([0.1], 1.0, 0.8, learned=True)
-    assert not guard.judge([0.1], 1.0, 0.7, learned=True), "what was before the ramp-up's end does not count"
-    (reason,) = guard.judge([0.1], 1.0, 0.5, learned=True)
-    assert "agree less" in reason
+    guard.judge([0.1], 1.0, [0.99], learned=False)
+    guard.judge([0.1], 1.0, [0.8], learned=True)
+    assert not guard.judge([0.1], 1.0, [0.7], learned=True), "what was before the ramp-up's end does not count"
+    (reason,) = guard.judge([0.1], 1.0, [0.5], learned=True)
+    assert "agree less on labelled training patches (by 0.28 than" in reason
     assert guard.factor == 0.5
+
+
+def test_a_new_class_that_the_network_finds_before_its_teacher_is_no_collapse():
+    guard = Guard(["a", "b"])
+    for agreements in ([0.9, None], [0.9, 0.0], [0.9, 0.3], [0.9, 0.8]):
+        assert not guard.judge([0.1, 0.02], 1.0, agreements, learned=True)
+    (reason,) = guard.judge([0.1, 0.02], 1.0, [0.9, 0.2], learned=True)
+    assert "agree less" in reason, "a class that was known to both"
 
 
 def test_the_unlabelled_loss_counts_as_much_as_the_teacher_knows():
     guard = Guard(["a", "b"])
     assert guard.weight == 0, "nothing is known of the teacher before the first epoch"
-    guard.judge([0.1, 0.02], 0.3, 0.9, learned=False)
+    guard.judge([0.1, 0.02], 0.3, [0.9, 0.9], learned=False)
     assert guard.weight == 0.3
     healthy(guard)
-    guard.judge([0.1, 0.0], 0.8, 0.9, learned=True)
+    guard.judge([0.1, 0.0], 0.8, [0.9, 0.9], learned=True)
     assert guard.weight == pytest.approx(0.8 * 0.5)
     other = Guard(["a", "b"])
     other.load_state_dict(guard.state_dict())
@@ -68,8 +71,8 @@ def test_a_continued_guard_judges_alike():
     first = healthy(Guard(["a", "b"]))
     second = Guard(["a", "b"])
     second.load_state_dict(first.state_dict())
-    reasons = second.judge([0.001, 0.02], 1.0, 0.9, learned=True)
-    assert reasons == first.judge([0.001, 0.02], 1.0, 0.9, learned=True)
+    reasons = second.judge([0.001, 0.02], 1.0, [0.9, 0.9], learned=True)
+    assert reasons == first.judge([0.001, 0.02], 1.0, [0.9, 0.9], learned=True)
     assert len(reasons) == 1
     assert second == first
 
@@ -88,12 +91,15 @@ def test_the_sums_are_those_of_a_naive_count():
     assert record["sure"] == pytest.approx(6 / 8)
     assert record["shares"] == pytest.approx([1 / 6, 2 / 6])
     dice = (2 * 1 / (2 + 2), 2 * 2 / (3 + 2))
+    assert record["agreements"] == pytest.approx(dice)
     assert record["agreement"] == pytest.approx(sum(dice) / 2)
     known = (2 * 1 / (2 + 2), 2 * 1 / (1 + 2))
     assert record["known"] == pytest.approx(sum(known) / 2)
     assert record["labelled_loss"] == pytest.approx(1.5)
     assert record["unlabelled_loss"] == pytest.approx(4)
-    assert sums.finish(ddp=False)["sure"] == 0, "every epoch starts from 0"
+    empty = sums.finish(ddp=False)
+    assert empty["sure"] == 0, "every epoch starts from 0"
+    assert empty["agreements"] == [None, None]
 
 
 def test_regions_are_counted_one_by_one():

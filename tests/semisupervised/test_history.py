@@ -8,8 +8,8 @@ from semisupervised.history import foreground_names, log_lines, write_history
 
 def record(**changes):
     values = {
-        "epoch": 3, "weight": 0.5, "sure": 0.25, "shares": [0.1, 0.0], "agreement": 0.9, "known": 0.625,
-        "labelled_loss": 0.75, "unlabelled_loss": 0.5, "islands": 0.125, "guard": 0.5, "collapse": [],
+        "epoch": 3, "weight": 0.5, "sure": 0.25, "shares": [0.1, 0.0], "agreements": [0.9, None], "agreement": 0.9,
+        "known": 0.625, "labelled_loss": 0.75, "unlabelled_loss": 0.5, "islands": 0.125, "guard": 0.5, "collapse": [],
     }  # fmt: skip
     return {**values, **changes}
 
@@ -22,12 +22,13 @@ def test_classes_have_the_names_of_the_dataset_in_the_order_of_the_outputs():
 
 
 def test_an_epoch_in_words():
-    assert log_lines(record()) == [
+    assert log_lines(record(shares=[0.1, 0.2]), ["left", "right"]) == [
         "KAF: labelled loss 0.7500, unlabelled loss 0.5000 with weight 0.500; teacher sure of 25.0 % of the voxels, "
         "12.5 % of its structures taken out as islands, its Dice on labelled training patches 0.625, agreement with "
         "the network 0.900"
     ]
-    lines = log_lines(record(collapse=["class 2 vanishes", "they agree less"]))
+    lines = log_lines(record(collapse=["class 2 vanishes", "they agree less"]), ["left", "right"])
+    assert lines[0].endswith("agreement with the network 0.900; not in its labels: right")
     assert lines[1:] == [
         "KAF: WARNING: class 2 vanishes; the unlabelled loss goes on with 0.5 of its weight",
         "KAF: WARNING: they agree less; the unlabelled loss goes on with 0.5 of its weight",

@@ -157,6 +157,7 @@ def test_a_collapse_is_said_in_the_log_and_lowers_the_weight(make_dataset):
     assert "WARNING: class a vanishes from the pseudo-labels" in Path(trainer.log_file).read_text()
     assert trainer.current_weight() == 0.5
     assert len(trainer.semi_history[0]["collapse"]) == 2
+    assert trainer.semi_history[0]["agreements"] == [1.0, None]
 
 
 def test_without_deep_supervision_there_is_one_output(make_dataset):
