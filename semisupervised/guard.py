@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from nnunetv2_kaf.errors import KAFError
+
 LOWEST = 1 / 16
 """The weight is never lowered further than to this share."""
 VANISHED = 0.05
@@ -115,7 +117,18 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a state saved by `state_dict`."""
+        """Take a state saved by `state_dict`.
+
+        Raises:
+            KAFError: It has no number for each class.
+        """
+        for name in ("largest", "present", "best"):
+            if not isinstance(state[name], list) or len(state[name]) != len(self.names):
+                raise KAFError(
+                    f"the checkpoint's guard.{name}: found {state[name]!r}, expected a number for each of "
+                    f"{', '.join(self.names)}. It is damaged or of another version of nnunetv2-kaf: continue with that "
+                    "version, or train again."
+                )
         self.known, self.factor = state["known"], state["factor"]
         self.largest, self.present, self.best = (list(state[name]) for name in ("largest", "present", "best"))
 

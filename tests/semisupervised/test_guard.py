@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from nnunetv2_kaf.errors import KAFError
 from semisupervised.guard import ESTABLISHED, LOWEST, EpochSums, Guard
 
 
@@ -75,6 +76,13 @@ def test_a_continued_guard_judges_alike():
     assert reasons == first.judge([0.001, 0.02], 1.0, [0.9, 0.9], learned=True)
     assert len(reasons) == 1
     assert second == first
+
+
+@pytest.mark.parametrize("best", [0.9, [0.9]])
+def test_a_state_of_another_form_is_refused(best):
+    state = {**Guard(["a", "b"]).state_dict(), "best": best}
+    with pytest.raises(KAFError, match=r"guard\.best: found .*, expected a number for each of a, b\..*another version"):
+        Guard(["a", "b"]).load_state_dict(state)
 
 
 def test_the_sums_are_those_of_a_naive_count():
