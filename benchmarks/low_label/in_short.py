@@ -18,6 +18,7 @@ WORDS = {
     "semi": "with unlabelled scans in the training (`nnUNetTrainerSemi`)",
     "kaf_semi": "with them, KAF layers and pretraining (`nnUNetTrainerKAFSemi`)",
     "plain_pcl": "pretrained without KAF layers (`--network plain --preset pcl`)",
+    "plain_simclr": "pretrained without KAF layers (`--network plain --preset simclr`)",
     "kaf_all": "KAF, pretrained",
     "kaf_scratch": "KAF, not pretrained",
 }
