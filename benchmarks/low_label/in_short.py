@@ -35,7 +35,7 @@ of; all others follow below.
 The short answer: with two labelled patients, unlabelled scans in the training raised Dice in all three datasets, most
 on ACDC and least on Hippocampus, where nnU-Net alone is good already; with six by less, on CT not clearly. On CT the
 gain with two labelled patients stayed when all trainings were twice as long, and nnU-Net alone gained no more from
-further steps. Pretraining alone gained little. All trainings were short, of small networks.
+further steps. Pretraining alone gained little or nothing. All trainings were short, of small networks.
 """
 
 
