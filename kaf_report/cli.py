@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunetv2_kaf import console
 from nnunetv2_kaf.errors import KAFError
 
 PROGRAM = "kaf-report"
@@ -48,18 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    console.prepare_streams()
     parsed = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        page = _run(parsed)
-    except KAFError as error:
-        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{PROGRAM}: interrupted\n")
-        return 130
-    sys.stdout.write(f"Report: {page}\n")
-    return 0
+    return console.run(PROGRAM, lambda: console.say(f"Report: {_run(parsed)}"), "run it again.")
 
 
 def _run(parsed: argparse.Namespace) -> Path:

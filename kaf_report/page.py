@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
@@ -17,6 +18,8 @@ from nnunetv2_kaf.files import replacing
 FULL = 9_000_000
 """Bytes of embedded pictures (as text) from which on pictures are linked instead: the page stays under 10 MB."""
 REPORT, PICTURES = "report.html", "pictures"
+MARK = '<meta name="generator" content="kaf-report">'
+"""In every page of ours, so that no other one is replaced."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
     )  # fmt: skip
     environment.filters["number"] = number
     # Only the page's own script may run, and nothing may be loaded from anywhere.
-    return environment.get_template(template).render(nonce=secrets.token_urlsafe(16), **content)
+    return environment.get_template(template).render(nonce=secrets.token_urlsafe(16), mark=Markup(MARK), **content)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -102,19 +105,19 @@ def write(folder: Path, template: str, content: Mapping[str, Any]) -> Path:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder of a report, and remove the pictures of an earlier one.
+    """Make the folder of a report with a page that says that it is not finished; remove an earlier one's pictures.
 
     Raises:
         KAFError: It cannot be made, or is in use for something else.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = [p for p in folder.iterdir() if p.name not in (REPORT, PICTURES)]
-        if others and not (folder / REPORT).is_file():
+        found, page = sorted(path.name for path in folder.iterdir()), folder / REPORT
+        if found and not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")):
             raise KAFError(
-                f"-o {folder} holds other files ({others[0].name}, ...). Choose a new folder, or that of an earlier "
-                "report."
+                f"-o {folder} holds other files ({found[0]}, ...). Choose a new folder, or that of an earlier report."
             )
+        page.write_text(f"<!DOCTYPE html>\n{MARK}\n<p>This report was not finished.</p>\n", encoding="utf-8")
         for old in (folder / PICTURES).glob("*.png"):
             old.unlink()
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from kaf_report import facts, pair_figures
 from kaf_report.canvas import png
 from kaf_report.page import Album, prepare_folder, write
-from kaf_report.pretraining_run import Described, Run, data_of, describe, load_model, open_run, task_of
+from kaf_report.pretraining_run import Described, Run, describe, load_model, open_run, pairs_of, task_of
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import file_sha256
 from pretraining.checkpoint import FINAL
@@ -24,6 +23,7 @@ from pretraining.task import Task
 
 QUERIES = 4
 NEIGHBOUR_PAIRS = 12
+NONE_HELD_OUT = "No patient is recorded as held out: the pairs are of images that were trained on."
 
 
 def report_pretraining(folder: Path, out: Path, pairs: int, device: str) -> Path:
@@ -52,14 +52,14 @@ def report_pretraining(folder: Path, out: Path, pairs: int, device: str) -> Path
     try:
         task = task_of(run)
         model, note = load_model(run, task, torch.device(device))
-        data = data_of(run, task, torch.device(device))
-        seen = describe(data.held_out, model, pairs, torch.device(device))
-        everybody = replace(data.held_out, patients={**data.loader.patients, **data.held_out.patients})
+        held_out, everybody = pairs_of(run, task, torch.device(device))
+        seen = describe(held_out, model, pairs, torch.device(device))
         around = describe(everybody, model, max(pairs, NEIGHBOUR_PAIRS), torch.device(device))
     except KAFError as error:
         content["notes"].append(f"Pairs and neighbours are not shown: {error}")
     else:
         content["notes"] += [note] if note else []
+        content["notes"] += [] if run.held_out else [NONE_HELD_OUT]
         content["pairs"] = _pairs(seen, task, pairs, album)
         content["neighbours"] = _neighbours(around, task, run.config, album)
     return write(out, "pretraining.html", content)

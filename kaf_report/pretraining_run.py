@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,20 @@ from nnunetv2_kaf.schema_checkpoints import FinishedRun, RunCheckpoint
 from nnunetv2_kaf.weights import read_checkpoint
 from pretraining.checkpoint import FINAL, FORMAT, LATEST, load_latest
 from pretraining.config import PretrainConfig
+from pretraining.data.bad_images import BadImages
+from pretraining.data.case import Case
+from pretraining.data.images import PreprocessedImages
+from pretraining.data.patients import group_by_patient
+from pretraining.data.preprocess import cache_folder, cached_file
+from pretraining.monitoring.monitor import PAIRS_AT_ONCE, STREAM
 from pretraining.objectives.model import PretrainingModel
 from pretraining.pairs.loader import PairLoader
-from pretraining.prepare import Data, DataOptions, prepare
+from pretraining.prepare import cache_keypoints, keypoint_cache
 from pretraining.run import build_state
 from pretraining.task import Task, resolve_task
 
 Array = Any
+WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,12 @@ class Run:
     identity: Mapping[str, Any]
     history: Sequence[Mapping[str, float]]
     weights: Mapping[str, Any] | None
+
+    @property
+    def held_out(self) -> Sequence[str]:
+        """Cases that were measured on and not trained on; none if there were too few patients."""
+        held_out: Sequence[str] = self.identity.get("held_out", ())
+        return held_out
 
 
 @dataclass(frozen=True)
@@ -135,15 +148,35 @@ def load_model(run: Run, task: Task, device: torch.device) -> tuple[PretrainingM
     )
 
 
-def data_of(run: Run, task: Task, device: torch.device) -> Data:
-    """The images of the run's first dataset, as the run divides them into training and held-out patients.
+def pairs_of(run: Run, task: Task, device: torch.device) -> tuple[PairLoader, PairLoader]:
+    """Pairs of the patients that the run held out, of training patients if of none; and pairs of all its patients.
 
     Raises:
-        KAFError: They are missing or bad.
+        KAFError: Images are missing or bad.
     """
-    fold = run.identity["fold"]
-    fold = int(fold) if str(fold).isdigit() else fold
-    return prepare(task, run.config, DataOptions(fold=fold, skip_bad=True), device, 2)
+    everything = [*run.identity["cases"], *run.held_out]
+    files = {name: cached_file(cache_folder(task), Case.of(name)) for name in everything if not Case.of(name).is_own}
+    further = {name: file for name, file in files.items() if file is not None}
+    images = PreprocessedImages(task.image_folder, task.preprocess_command, further)
+    gone = [name for name in everything if name not in further and (name in files or not images.path(name).is_file())]
+    if gone:
+        raise KAFError(
+            f"{len(gone)} preprocessed images of the pretraining are gone from {task.image_folder.parent}: "
+            f"{', '.join(gone[:5])}. Preprocess them again: {task.preprocess_command} (of other sources: the same "
+            "kaf-pretrain command with --continue)."
+        )
+    keypoints, bad = keypoint_cache(task), BadImages()
+    usable = cache_keypoints(images, everything, keypoints, task.channels, bad, WORKERS, device)
+    bad.finish(skip_bad=True)
+
+    def loader(cases: Iterable[str]) -> PairLoader:
+        patients = group_by_patient(cases, run.config.patient_pattern)
+        return PairLoader(
+            images, keypoints, patients, task.patch_size, task.spacing, PAIRS_AT_ONCE, run.config, WORKERS,
+            stream=STREAM, render_later=device.type == "cuda",
+        )  # fmt: skip
+
+    return loader([case for case in usable if case in set(run.held_out or everything)]), loader(usable)
 
 
 @torch.no_grad()

@@ -68,11 +68,16 @@ def compare(ours: Mask, theirs: Mask, spacing: Sequence[float]) -> Score:
 def hausdorff95(ours: Mask, theirs: Mask, spacing: Sequence[float]) -> float:
     """The 95 % Hausdorff distance: the larger one of the two directed 95th percentiles of surface distances, in mm.
 
+    An image of one slice is taken as flat: its structures end at their outline, not above and below.
+
     Args:
         ours: Not empty.
         theirs: Not empty.
         spacing: Voxel sizes in mm.
     """
+    flat = tuple(axis for axis, size in enumerate(ours.shape[:-1]) if size == 1)
+    ours, theirs = ours.squeeze(flat), theirs.squeeze(flat)
+    spacing = [mm for axis, mm in enumerate(spacing) if axis not in flat]
     box = _bounding_box(ours | theirs)
     surfaces = [_surface(mask[box]) for mask in (ours, theirs)]
     directed = []

@@ -24,7 +24,8 @@ from nnunetv2_kaf.config import FINEST_LEVEL, KAFConfig
 from nnunetv2_kaf.plans import kaf_architecture, read_plans
 
 _LOGGER = logging.getLogger(__name__)
-# what decides how a configuration's data are preprocessed
+# what decides how data are preprocessed: for all configurations, and for one
+_PREPROCESSING_OF_ALL = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
 _PREPROCESSING = (
     "preprocessor_name",
     "spacing",
@@ -82,14 +83,18 @@ class _KAFPlanning:
         return plans
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Save; a configuration that is preprocessed exactly as in `nnUNetPlans` shares their data."""
+        """Save; a configuration that is preprocessed exactly as in `nnUNetPlans` shares their data, and no other."""
         recursive_fix_for_json_export(plans)
         plain = read_plans(self._plain_plans_file)
-        if plain["transpose_forward"] == plans["transpose_forward"]:
-            for name, plan in plans["configurations"].items():
-                theirs = plain["configurations"].get(name, {})
-                if "data_identifier" in theirs and all(theirs.get(key) == plan.get(key) for key in _PREPROCESSING):
-                    plan["data_identifier"] = theirs["data_identifier"]
+        alike = all(plain.get(key) == plans.get(key) for key in _PREPROCESSING_OF_ALL)
+        for name, plan in plans["configurations"].items():
+            theirs = plain["configurations"].get(name, {})
+            if "data_identifier" not in theirs:
+                continue
+            if alike and all(theirs.get(key) == plan.get(key) for key in _PREPROCESSING):
+                plan["data_identifier"] = theirs["data_identifier"]
+            elif plan.get("data_identifier") == theirs["data_identifier"]:  # as nnU-Net's residual-encoder planners do
+                plan["data_identifier"] = f"{plans['plans_name']}_{name}"
         super().save_plans(plans)  # type: ignore[misc]
 
     @property

@@ -59,6 +59,7 @@ class RunIdentity(Record):
     spacing: list[float]
     batch_size: int
     cases: list[str]
+    held_out: list[str] = Field(default_factory=list)
     init: str | None
 
 
@@ -97,6 +98,7 @@ class FinishedRun(Record):
     configuration: PathName
     fold: str
     cases: list[str] = Field(default_factory=list)
+    held_out: list[str] = Field(default_factory=list)
     history: History = Field(default_factory=list)
 
 

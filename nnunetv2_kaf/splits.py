@@ -101,6 +101,30 @@ def split_few_cases(folder: Path, cases: Iterable[str], pattern: str = PATIENT_P
     )
 
 
+def cases_of_no_fold(folder: Path, cases: Iterable[str], pattern: str = PATIENT_PATTERN) -> str | None:
+    """Cases that came after this module made the split; of a split made by others nothing is known.
+
+    Args:
+        folder: `$nnUNet_preprocessed/DatasetXXX`, with its `splits_final.json`.
+        cases: All cases of the dataset.
+        pattern: See `patient_of_case`.
+
+    Returns:
+        A warning; `None` if there are none.
+    """
+    path = folder / SPLITS_FILE
+    splits = read_splits(path)
+    known = {case for fold in splits for case in fold["train"] + fold["val"]}
+    new = sorted(set(cases) - known)
+    patients = {patient_of_case(case, pattern) for case in known}
+    if not new or len(known) >= FEWEST or len(patients) < 2 or splits != leave_one_patient_out(known, pattern):
+        return None
+    return (
+        f"{len(new)} case(s) are in no fold of {path} and take no part: {', '.join(new[:5])}. If they are labelled, "
+        "delete that file: the next command makes the split again"
+    )
+
+
 def check_fold(folder: Path, cases: Iterable[str], fold: int, pattern: str = PATIENT_PATTERN) -> None:
     """Check that a fold exists where this module made the split; nnU-Net would draw a random one by file.
 

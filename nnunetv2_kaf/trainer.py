@@ -31,7 +31,7 @@ from nnunetv2_kaf.safe_load import load_safely
 from nnunetv2_kaf.schedule import WarmupPolyLRScheduler, schedule_variant
 from nnunetv2_kaf.schema_check import check
 from nnunetv2_kaf.schema_checkpoints import ContinuedTraining
-from nnunetv2_kaf.splits import check_fold, split_few_cases
+from nnunetv2_kaf.splits import SPLITS_FILE, cases_of_no_fold, check_fold, split_few_cases
 from nnunetv2_kaf.tensors import LARGEST_WEIGHT, check_weights, diverged
 from nnunetv2_kaf.weights import LoadReport, load_encoder
 
@@ -47,7 +47,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
       the model name the network completely. A model folder that already holds KAF plans keeps its own layers.
     - A new training starts from the pretraining checkpoint of its dataset, plans and configuration, if there is one:
       first of its own fold, then of fold "all". `KAF_PRETRAINED=<path>` names another, `KAF_PRETRAINED=none` none.
-      A pretraining of its own fold that has not finished is an error.
+      One of its own fold or of fold "all" that has not finished is an error.
       `kaf_initialization.json` in the fold's folder records the file, its SHA-256 and the tensors.
     - The learning rate warms up over the first twentieth of the epochs (50 of 1000, as in nnU-Net's own warm-up
       trainer): the decoder and the fusion start at random, and their first large gradients, kept alive by a
@@ -109,13 +109,7 @@ class nnUNetTrainerKAF(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801
         Raises:
             KAFError: The configuration's data are not preprocessed.
         """
-        folder = self.preprocessed_dataset_folder
-        if folder is not None and not os.path.isdir(folder):
-            raise KAFError(
-                f"the preprocessed data {folder} do not exist. Run: nnUNetv2_preprocess -d "
-                f"{self.plans_manager.dataset_name} -plans_name {self.plans_manager.plans_name} "
-                f"-c {self.configuration_name}"
-            )
+        check_preprocessed(self)
         super().initialize()
 
     @staticmethod
@@ -324,12 +318,27 @@ class nnUNetTrainerKAFScratch(nnUNetTrainerKAF):  # noqa: N801
     use_pretraining: ClassVar[bool] = False
 
 
+def check_preprocessed(trainer: nnUNetTrainer) -> None:
+    """Check that the data of a training are there; for any trainer of nnU-Net's.
+
+    Raises:
+        KAFError: They are not.
+    """
+    folder, plans = trainer.preprocessed_dataset_folder, trainer.plans_manager
+    if folder is not None and not os.path.isdir(folder):
+        raise KAFError(
+            f"the preprocessed data {folder} do not exist. Run: nnUNetv2_preprocess -d "
+            f"{int(plans.dataset_name[7:10])} -plans_name {plans.plans_name} -c {trainer.configuration_name}"
+        )
+
+
 def split_or_say_why(trainer: nnUNetTrainer) -> None:
     """Write the split of a dataset with fewer than five cases, unless there is one; for any trainer of nnU-Net's.
 
     Raises:
-        KAFError: All cases are of one patient, or the fold does not exist.
+        KAFError: The data are not preprocessed, all cases are of one patient, or the fold does not exist.
     """
+    check_preprocessed(trainer)
     if trainer.fold == "all":
         return
     if trainer.dataset_class is None:
@@ -340,6 +349,9 @@ def split_or_say_why(trainer: nnUNetTrainer) -> None:
     if message is not None:
         trainer.print_to_log_file(f"KAF: {message}")
     check_fold(folder, cases, trainer.fold)
+    left_out = cases_of_no_fold(folder, cases) if (folder / SPLITS_FILE).is_file() else None
+    if left_out is not None:
+        trainer.print_to_log_file(f"KAF: WARNING: {left_out}.")
 
 
 def unwrapped(network: nn.Module) -> nn.Module:

@@ -136,7 +136,8 @@ def load_latest(
     _restore_optimizer(state.optimizer, checkpoint["optimizer"], path)
     _restore_generators(checkpoint, path)
     try:
-        state.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty: saved on a device that needs no loss scaling
+            state.scaler.load_state_dict(checkpoint["scaler"])
     except (RuntimeError, KeyError, TypeError) as error:
         raise KAFError(
             f"{path}: scaler: found {checkpoint['scaler']}, which does not fit ({error}). {_FRESH}"

@@ -104,8 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--preset",
         choices=tuple(PRESETS),
         default="kaf",
-        help="set of objectives that the options below change: kaf (all of the paper's), or the global ones that it "
-        "compares with, which also work with --network plain (default: kaf)",
+        help="set of objectives that the options below change: kaf (this package's: global and local ones), paper (the "
+        "paper's recipe), or simclr, gcl, pcl (a global one alone, which the paper compares with; they also work with "
+        "--network plain) (default: kaf)",
     )
     for item in fields(PretrainConfig):
         text = item.metadata["help"].replace("%", "%%")

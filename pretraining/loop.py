@@ -67,10 +67,13 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:
-    """The autocast type: bfloat16 where a CUDA device has it, else float16; none on other devices."""
+    """The autocast type: bfloat16 where a CUDA device has it, else float16; none on other devices.
+
+    Before compute capability 8 torch emulates bfloat16, slowly.
+    """
     if device.type != "cuda":
         return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 class Trainer:

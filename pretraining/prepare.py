@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import torch
 from tqdm import tqdm
@@ -54,11 +56,13 @@ class Data:
         loader: Makes the training pairs.
         held_out: Makes pairs of cases that are not trained on; of training cases if there are too few.
         cases: The training cases.
+        held_out_cases: Cases that are measured on and not trained on; none if there are too few patients.
     """
 
     loader: PairLoader
     held_out: PairLoader
     cases: tuple[str, ...]
+    held_out_cases: tuple[str, ...]
 
 
 def prepare(task: Task, config: PretrainConfig, options: DataOptions, device: torch.device, batch_size: int) -> Data:
@@ -89,8 +93,7 @@ def prepare(task: Task, config: PretrainConfig, options: DataOptions, device: to
             bad=bad,
             num_workers=options.num_workers,
         )
-        cache_folder = task.image_folder.with_name(f"{task.image_folder.name}_kaf_keypoints")
-        keypoints = KeypointCache(cache_folder, task.layers, task.patch_size, task.spacing)
+        keypoints = keypoint_cache(task)
         cases = cache_keypoints(images, cases, keypoints, task.channels, bad, options.num_workers, device)
         bad.finish(options.skip_bad)
         if not cases:
@@ -113,7 +116,14 @@ def prepare(task: Task, config: PretrainConfig, options: DataOptions, device: to
         loader(training, batch_size, 0, distributed.rank(), distributed.world_size()),
         loader(held_out or training, PAIRS_AT_ONCE, STREAM, 0, 1),
         tuple(case for group in training.values() for case in group),
+        tuple(case for group in held_out.values() for case in group),
     )
+
+
+def keypoint_cache(task: Task) -> KeypointCache:
+    """The keypoints of a task's images, next to nnU-Net's preprocessed images."""
+    folder = task.image_folder.with_name(f"{task.image_folder.name}_kaf_keypoints")
+    return KeypointCache(folder, task.layers, task.patch_size, task.spacing)
 
 
 def cache_keypoints(
@@ -136,17 +146,23 @@ def cache_keypoints(
     sweep(cache.folder)
     files = {case: cache.path(case, images.path(case)) for case in cases}
     missing = [case for case, file in files.items() if not file.is_file()]
-    cache.verify((files[case] for case in cases if case not in set(missing)), num_workers)
+    new = set(missing)
+    cache.verify((files[case] for case in cases if case not in new), num_workers)
     if missing:
         logger.info(
             "Detecting the keypoints of %d of %d cases; they are kept in %s.", len(missing), len(cases), cache.folder
         )
 
+    # Older torch lacks an interpolation on Apple's GPUs; others have room for one volume at a time.
+    detector = torch.device("cpu") if device.type == "mps" else device
+    one_at_a_time = nullcontext() if detector.type == "cpu" else Lock()
+
     def detect(case: str) -> str | None:
         image = read_whole(images, case, channels, bad)
         if image is None:
             return case
-        cache.create(case, images.path(case), image, device)
+        with one_at_a_time:
+            cache.create(case, images.path(case), image, detector)
         return None
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:

@@ -92,6 +92,7 @@ def pretrain(task: Task, config: PretrainConfig, options: RunOptions) -> Path:
         identity["cases"] = list(data.cases)
         if resumed:
             identity = _resume(folder / LATEST, state, config, identity)
+        identity["held_out"] = list(data.held_out_cases)
         recorder.begin({**config.to_dict(), **identity}, resumed, data.held_out, options.device)
         _announce(task, config, options, len(data.cases), batch_size)
         failure_file = folder / "nonfinite_batch.json"

@@ -7,10 +7,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2_kaf import console
 from nnunetv2_kaf.errors import KAFError
+from nnunetv2_kaf.splits import PATIENT_PATTERN
 
 if TYPE_CHECKING:
     from pretraining.task import Task
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--images",
         nargs="+",
         default=[],
-        type=Path,
+        type=console.path,
         metavar="DIR",
         help="folders of unlabelled images in nnU-Net's naming (case_0000.nii.gz)",
     )
@@ -51,6 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="configurations, e.g. 2d 3d_fullres (default: all of the plans whose images nnU-Net has preprocessed)",
     )
     parser.add_argument("-p", "--plans", default="nnUNetPlans", help="plans name (default: nnUNetPlans)")
+    parser.add_argument(
+        "--patient-pattern",
+        default=PATIENT_PATTERN,
+        metavar="PATTERN",
+        help="regular expression whose first group is the patient in a case identifier (the whole identifier where it "
+        "does not match); the trainers leave out all scans of their validation patients by it (default: %(default)s)",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="go on without images that cannot be used")
     workers = max(1, min(8, (os.cpu_count() or 2) - 1))
     parser.add_argument("--num-workers", type=int, default=workers, help=f"images at a time (default here: {workers})")
@@ -59,18 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    console.prepare_streams()
     parsed = build_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pretraining").setLevel(logging.INFO)
-    try:
-        sys.stdout.write(_run(parsed))
-    except KAFError as error:
-        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{PROGRAM}: interrupted; the same command goes on where it stopped.\n")
-        return 130
-    return 0
+    return console.run(PROGRAM, lambda: console.say(_run(parsed)), "the same command goes on where it stopped.")
 
 
 def _run(parsed: argparse.Namespace) -> str:
@@ -80,20 +81,23 @@ def _run(parsed: argparse.Namespace) -> str:
     dataset, *others = parsed.dataset
     if not parsed.images and not others:
         raise KAFError("there is nothing to prepare: give folders with --images, or further datasets with --dataset.")
+    from pretraining.config import PretrainConfig
     from semisupervised.unlabelled_list import prepare, write_list
+
+    pattern = PretrainConfig(patient_pattern=parsed.patient_pattern).patient_pattern  # checked there
 
     text = []
     for task in _tasks(dataset, parsed.plans, parsed.configuration):
         files = prepare(task, others, parsed.images, parsed.num_workers, skip_bad=parsed.skip_bad)
         if not files:
             raise KAFError("all images were skipped as bad (see the warnings above).")
-        path = write_list(task, files)
+        path = write_list(task, files, pattern)
         lines = [f"  {identifier}: {file}" for identifier, file in files.items()]
         text += [f"{task.dataset_name}, {task.configuration}: {len(files)} unlabelled images, listed in {path}", *lines]
     text.append(
         f"Next:       nnUNetv2_train {dataset} {task.configuration} FOLD -tr nnUNetTrainerKAFSemi -p {parsed.plans}"
     )
-    return "\n".join(text) + "\n"
+    return "\n".join(text)
 
 
 def _tasks(dataset: str, plans_name: str, configurations: Sequence[str] | None) -> list[Task]:
@@ -125,7 +129,7 @@ def _tasks(dataset: str, plans_name: str, configurations: Sequence[str] | None) 
     if not tasks:
         raise KAFError(
             f"no configuration of {plans_name} is preprocessed for {folder.name}. Run: nnUNetv2_plan_and_preprocess -d "
-            f"{dataset}"
+            f"{int(folder.name[7:10])}"
         )
     return tasks
 

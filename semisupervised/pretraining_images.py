@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +9,9 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.plans import pretraining_folder
 from nnunetv2_kaf.weights import read_checkpoint
 from pretraining.config import PretrainConfig
+from pretraining.data.case import Case
 from pretraining.data.images import PreprocessedImages
-from pretraining.data.preprocess import cache_folder
+from pretraining.data.preprocess import cache_folder, cached_file
 from pretraining.task import Task
 from semisupervised.sampling import Images
 
@@ -51,10 +51,15 @@ def find_run(
     return None
 
 
-def patient_pattern(run: PretrainingRun | None) -> str:
-    """The pattern that finds the patient in a case: the pretraining's, or the default."""
-    config = run.record.get("config", {}) if run else {}
+def patient_pattern(run: PretrainingRun) -> str:
+    """The pattern that finds the patient in a case."""
+    config = run.record.get("config", {})
     return str(config.get("patient_pattern", PretrainConfig().patient_pattern))
+
+
+def is_of(task: Task, run: PretrainingRun) -> bool:
+    """Whether a pretraining was made on the dataset and configuration of a task."""
+    return (run.record.get("dataset"), run.record.get("configuration")) == (task.dataset_name, task.configuration)
 
 
 def images_of_run(task: Task, run: PretrainingRun) -> Images:
@@ -68,12 +73,12 @@ def images_of_run(task: Task, run: PretrainingRun) -> Images:
         KAFError: They are of another dataset, or a file is gone.
     """
     path, record = run
-    theirs = (record.get("dataset"), record.get("configuration"))
-    if theirs != (task.dataset_name, task.configuration):
+    if not is_of(task, run):
+        theirs = (record.get("dataset"), record.get("configuration"))
         raise KAFError(
             f"the pretraining {path} used images of {theirs}, this training is of "
             f"{(task.dataset_name, task.configuration)}: their preprocessed files do not fit. Name the unlabelled "
-            "images with KAF_UNLABELLED (folders or datasets)."
+            "images with KAF_UNLABELLED (folders or datasets), or list them with kaf-unlabelled."
         )
     own = set(PreprocessedImages(task.image_folder, task.preprocess_command).identifiers)
     cases = record.get("cases")
@@ -82,7 +87,8 @@ def images_of_run(task: Task, run: PretrainingRun) -> Images:
             f"the pretraining {path} does not say which images it used (expected a list of cases). Run kaf-pretrain "
             f"again, or name the unlabelled images with KAF_UNLABELLED."
         )
-    further = {case: _cached(task, case) for case in cases if "/" in case}
+    named = [Case.of(case) for case in cases]
+    further = {case.identifier: cached_file(cache_folder(task), case) for case in named if not case.is_own}
     missing = [case for case in cases if case not in further and case not in own]
     missing += [case for case, file in further.items() if file is None]
     if missing:
@@ -97,12 +103,3 @@ def images_of_run(task: Task, run: PretrainingRun) -> Images:
         tuple(cases),
         {case: file for case, file in further.items() if file is not None},
     )
-
-
-def _cached(task: Task, identifier: str) -> Path | None:
-    """The preprocessed file of `<source>/<case>`."""
-    source, _, case = identifier.rpartition("/")
-    folder = cache_folder(task) / source
-    pattern = re.compile(rf"{re.escape(case)}-[0-9a-f]{{16}}\.b2nd")
-    found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)

@@ -71,7 +71,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         cutmix_probability: Probability of a CutMix box in a patch.
         strong_augmentation: A `StrongAugmentation`: all probabilities and ranges of the strong view.
         predict_with: "student" or "teacher", whose weights the final checkpoint and the validation use.
-        guard_every: Steps between measurements of the teacher on labelled patches.
+        guard_every: Steps between measurements of the teacher on labelled patches; the first one of every epoch is one.
     """
 
     confidence_threshold: float = 0.95
@@ -169,7 +169,9 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             self._thresholds.load_state_dict(restored["thresholds"])
             self._islands.load_state_dict(restored["islands"])
             self.semi_history = list(restored["history"])
-            self._unlabelled = Unlabelled.from_state(restored["unlabelled"])
+            self._unlabelled = Unlabelled.from_state(
+                restored["unlabelled"], Path(self.preprocessed_dataset_folder_base)
+            )
         else:
             self._unlabelled = self._find_unlabelled()
         super().on_train_start()
@@ -196,7 +198,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         assert self._stream is not None, "on_train_start() opens it"
         strong, labels = self._strong_batch(next(self._stream))
         image = batch["data"].to(self.device, non_blocking=True)
-        check = self._hard_labels(self._teach(image)) if self._step % self.guard_every == 0 else None
+        in_epoch = self._step % self.num_iterations_per_epoch  # at its first step at least
+        check = self._hard_labels(self._teach(image)) if in_epoch % self.guard_every == 0 else None
         network = self.network
         self.network = twice = UnlabelledFirst(network, partial(self._learn, strong, labels))
         try:
@@ -276,8 +279,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
 class nnUNetTrainerKAFSemi(nnUNetTrainerSemi, nnUNetTrainerKAF):  # noqa: N801
     """`nnUNetTrainerKAF`, network, pretrained start and warm-up included, taught by unlabelled images too.
 
-    By default by those that the pretraining used, but for the fold's validation patients. See `nnUNetTrainerSemi` for
-    the method and for what a subclass may set.
+    By default by those that the pretraining used and those that kaf-unlabelled has listed, but for the fold's
+    validation patients. See `nnUNetTrainerSemi` for the method and for what a subclass may set.
     """
 
     def _pretraining(self) -> Path | None:

@@ -60,8 +60,8 @@ class TrainerWithUnlabelledImages(nnUNetTrainer):  # type: ignore[misc]
         if self.is_cascaded:
             raise KAFError(
                 f"{type(self).__name__} cannot train {configuration}, the second stage of a cascade: its network also "
-                "sees the first stage's segmentation, which unlabelled images do not have. Train 3d_fullres with it, "
-                "or the first stage (3d_lowres), and the second stage with nnUNetTrainerKAF or nnUNetTrainer."
+                "sees the first stage's segmentation, which unlabelled images do not have. Train 3d_fullres or "
+                "3d_lowres with it, or both stages of the cascade with nnUNetTrainerKAF, or both with nnUNetTrainer."
             )
         self.semi_seed: int | None = None
         self._unlabelled: Unlabelled | None = None

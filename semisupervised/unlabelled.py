@@ -12,12 +12,15 @@ from typing import Any
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
+from nnunetv2_kaf.splits import PATIENT_PATTERN
+from pretraining.data.case import Case
 from pretraining.data.images import PreprocessedImages
 from pretraining.data.patients import split_by_patients
+from pretraining.data.preprocess import cached_file
 from pretraining.task import Task, resolve_task
-from semisupervised.pretraining_images import PretrainingRun, find_run, images_of_run, patient_pattern
+from semisupervised.pretraining_images import PretrainingRun, find_run, images_of_run, is_of, patient_pattern
 from semisupervised.sampling import Images
-from semisupervised.unlabelled_list import list_file, prepare, read_list
+from semisupervised.unlabelled_list import list_file, listed_pattern, prepare, read_list
 
 VARIABLE = "KAF_UNLABELLED"
 RECORD_FILE = "semi_unlabelled.json"
@@ -65,26 +68,37 @@ class Unlabelled:
     left_out: dict[str, list[str]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Primitives, for a checkpoint: a continued training uses the same images."""
+        """Primitives, for a checkpoint: a continued training uses the same images, also if the dataset has moved."""
+        dataset = self.images.folder.parent
         return {
-            "folder": str(self.images.folder),
+            "folder": self.images.folder.name,
             "command": self.images.command,
             "cases": list(self.images.cases),
-            "further": {case: str(path) for case, path in self.images.further.items()},
+            "further": {case: path.relative_to(dataset).as_posix() for case, path in self.images.further.items()},
             "origin": self.origin,
             "labelled": self.labelled,
             "left_out": self.left_out,
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Unlabelled:
+    def from_state(cls, state: Mapping[str, Any], dataset_folder: Path) -> Unlabelled:
         """Read what `state_dict` returned.
+
+        Args:
+            state: The state; one of an earlier version has absolute paths.
+            dataset_folder: `$nnUNet_preprocessed/DatasetXXX` of today.
 
         Raises:
             KAFError: An image is gone.
         """
-        further = {case: Path(path) for case, path in state["further"].items()}
-        images = Images(Path(state["folder"]), state["command"], tuple(state["cases"]), further)
+        folder, further, again = dataset_folder / state["folder"], dict[str, Path](), 0
+        for case, relative in state["further"].items():
+            path = further[case] = dataset_folder / relative
+            if not path.is_file():  # its name changes with the time of the raw file
+                found = cached_file(path.parents[1], Case.of(case))
+                further[case], again = found or path, again + (found is not None)
+        images = Images(folder, state["command"], tuple(state["cases"]), further)
+        origin = state["origin"] + (f" ({again} of them preprocessed again since then)" if again else "")
         reader = images.open()
         missing = [case for case in images.cases if not reader.path(case).is_file()]
         if missing:
@@ -93,7 +107,7 @@ class Unlabelled:
                 f"{', '.join(str(reader.path(case)) for case in missing[:5])}. Restore them (preprocess again), or "
                 "start a new training."
             )
-        return cls(images, state["origin"], int(state["labelled"]), dict(state["left_out"]))
+        return cls(images, origin, int(state["labelled"]), dict(state["left_out"]))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -127,8 +141,14 @@ def find_unlabelled(training: Training, num_workers: int = 1) -> Unlabelled:
     if chosen:
         images, origin = _chosen(task, training, chosen, num_workers), f"{VARIABLE}={chosen}"
     else:
-        images, origin = _default(task, training, run)
-    kept, left_out = split_by_patients(images.cases, training.validation, patient_pattern(run))
+        images, origin = _default(task, training, run, read_list(task))
+    known = (None if run is None else patient_pattern(run), listed_pattern(task))
+    patterns = dict.fromkeys(pattern for pattern in known if pattern is not None) or (PATIENT_PATTERN,)
+    kept, left_out = list(images.cases), dict[str, list[str]]()
+    for pattern in patterns:
+        kept, out = split_by_patients(kept, training.validation, pattern)
+        for source, names in out.items():
+            left_out.setdefault(source, []).extend(names)
     if not kept:
         raise _none(training, f"{origin} names {len(images.cases)} image(s), all of validation patients of the fold")
     further = {case: path for case, path in images.further.items() if case in set(kept)}
@@ -145,8 +165,12 @@ def _none(training: Training, why: str) -> KAFError:
     )
 
 
-def _default(task: Task, training: Training, run: PretrainingRun | None) -> tuple[Images, str]:
+def _default(
+    task: Task, training: Training, run: PretrainingRun | None, listed: Mapping[str, Path] | None
+) -> tuple[Images, str]:
     """The images of the pretraining and those that kaf-unlabelled has listed, together, and their origin.
+
+    A pretraining on another dataset has none that fit, which is no error if there is a list.
 
     Raises:
         KAFError: There is neither.
@@ -154,12 +178,11 @@ def _default(task: Task, training: Training, run: PretrainingRun | None) -> tupl
     cases: list[str] = []
     further: dict[str, Path] = {}
     origins = []
-    if run is not None:
+    if run is not None and (listed is None or is_of(task, run)):
         used = images_of_run(task, run)
         cases, further = list(used.cases), dict(used.further)
         origins.append(f"the images of the pretraining {run.path}")
-    if list_file(task).is_file():
-        listed = read_list(task)
+    if listed is not None:
         cases += [case for case in listed if case not in further]
         further |= listed
         origins.append(f"the list of kaf-unlabelled, {list_file(task)}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.files import replacing
-from nnunetv2_kaf.splits import read_splits, split_few_cases
+from nnunetv2_kaf.splits import cases_of_no_fold, read_splits, split_few_cases
 from pretraining.data.bad_images import BadImages
 from pretraining.data.case import Case
 from pretraining.data.images import PreprocessedImages
@@ -133,6 +133,9 @@ def _split(identifiers: list[str], path: Path, fold: int, patient_pattern: str) 
             f"--fold is {fold}, but {path} has {len(splits)} fold(s); expected one from 0 to {len(splits) - 1}, or "
             "'all'. (nnU-Net would draw a random split for it.)"
         )
+    left_out = cases_of_no_fold(path.parent, identifiers, patient_pattern)
+    if left_out is not None:
+        logger.warning("%s. (Pretraining uses their images.)", left_out)
     train, validation = splits[fold]["train"], splits[fold]["val"]
     unknown = sorted(set(validation) - set(identifiers))
     if unknown:

@@ -123,6 +123,14 @@ def cache_folder(task: Task) -> Path:
     return task.image_folder.with_name(f"{task.image_folder.name}_kaf_images")
 
 
+def cached_file(cache: Path, case: Case) -> Path | None:
+    """The newest preprocessed file of a case of a further source in a `cache_folder`; None if there is none."""
+    folder = cache / case.source
+    pattern = re.compile(rf"{re.escape(shortened(case.name))}-[0-9a-f]{{16}}\.b2nd")
+    found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers: int) -> dict[str, Path]:
     """Preprocess the images of a source that are not cached yet.
 
@@ -145,8 +153,8 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     targets = {case: preprocessor.target(source, case) for case in source.cases}
-    todo = [case for case, target in targets.items() if not target.is_file()]
-    check_cache((target for case, target in targets.items() if case not in set(todo)), num_workers)
+    todo = {case: target for case, target in targets.items() if not target.is_file()}
+    check_cache((target for case, target in targets.items() if case not in todo), num_workers)
     spacings: dict[str, tuple[float, ...]] = {}
 
     def work(case: str) -> None:
@@ -163,7 +171,7 @@ def preprocess_source(task: Task, source: RawSource, bad: BadImages, num_workers
             source.folder,
             task.dataset_name,
         )
-    _in_threads(work, todo, num_workers, source.key)
+    _in_threads(work, list(todo), num_workers, source.key)
     _remove_outdated(folder, {shortened(case): targets[case] for case in spacings})
     _mention_spacings(task, source, spacings)
     return {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ def export_nnunet(folder: str | Path, out: str | Path, *, force: bool = False) -
     Args:
         folder: TRAINER__PLANS__CONFIGURATION in nnUNet_results.
         out: Model folder to write.
-        force: Replace `out` if it exists.
+        force: Replace the model in `out` if it exists, all folds of it.
 
     Returns:
         What was written, in words.
@@ -58,19 +60,20 @@ def export_nnunet(folder: str | Path, out: str | Path, *, force: bool = False) -
             # what inherits its architecture keeps inheriting it
             if entry.get("architecture", {}).get("network_class_name") == NETWORK_CLASS:
                 entry["architecture"] = plain_architecture(entry["architecture"], model.folder / f"plans.json ({name})")
-    _write_json(plans, out / "plans.json")
-    _write_json(dict(model.dataset_json), out / "dataset.json")
-    fingerprint = model.folder / "dataset_fingerprint.json"
-    if fingerprint.is_file():
-        shutil.copyfile(fingerprint, out / fingerprint.name)
-    for fold in model.folds:
-        content = load_safely(fold.folder / FINAL)
-        content["network_weights"] = plain_weights(content["network_weights"])
-        content["trainer_name"] = TRAINER
-        content["init_args"] = {**content["init_args"], "plans": plans}
-        content.pop("optimizer_state", None)  # of other parameters; prediction needs none
-        with replacing(out / f"fold_{fold.name}" / FINAL, _DISK) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
+    with _replacing_model(out) as new:
+        _write_json(plans, new / "plans.json")
+        _write_json(dict(model.dataset_json), new / "dataset.json")
+        fingerprint = model.folder / "dataset_fingerprint.json"
+        if fingerprint.is_file():
+            shutil.copyfile(fingerprint, new / fingerprint.name)
+        for fold in model.folds:
+            content = load_safely(fold.folder / FINAL)
+            content["network_weights"] = plain_weights(content["network_weights"])
+            content["trainer_name"] = TRAINER
+            content["init_args"] = {**content["init_args"], "plans": plans}
+            content.pop("optimizer_state", None)  # of other parameters; prediction needs none
+            with replacing(new / f"fold_{fold.name}" / FINAL, _DISK) as temporary, temporary.open("wb") as file:
+                torch.save(content, file)
     folds = ", ".join(fold.name for fold in model.folds)
     return f"Model:      {out} (trainer {TRAINER}, fold(s) {folds}); nnU-Net alone predicts with it"
 
@@ -133,6 +136,24 @@ def export_onnx(folder: str | Path, out: str | Path, *, fold: str | None = None,
         f"Compared:   onnxruntime differs from torch by at most {difference:.3g} (outputs up to "
         f"{np.abs(expected).max():.3g})"
     )
+
+
+@contextmanager
+def _replacing_model(out: Path) -> Iterator[Path]:
+    """A new folder whose files come into `out` when all are written; checkpoints of other folds in there are removed.
+
+    nnU-Net predicts with every fold that it finds: none may be left of an earlier export.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+        new = Path(name)
+        yield new
+        for old in out.glob(f"fold_*/{FINAL}"):
+            old.unlink()
+        for file in [path for path in new.rglob("*") if path.is_file()]:
+            target = out / file.relative_to(new)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
 
 
 def _check_silent(model: TrainedModel) -> None:

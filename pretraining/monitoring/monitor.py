@@ -112,7 +112,8 @@ class Monitor:
             one, two = descriptors.float().chunk(2)
             found, matched = recall_hits(one, two, batch.keypoints.valid.chunk(2)[1], batch.matches)
             hits, count = hits + found.cpu(), count + float(matched)
-            for part, vector in zip((first, second), vectors.float().chunk(2), strict=True):
+            # on the CPU, since not every device has all that is measured
+            for part, vector in zip((first, second), vectors.float().cpu().chunk(2), strict=True):
                 part.append(vector)
         model.train(training)
         embeddings = torch.cat([*first, *second])

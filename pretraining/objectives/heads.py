@@ -21,9 +21,22 @@ def pool_grid(features: Tensor, cells: int) -> Tensor:
         features: Map of any spatial shape; on an axis with fewer voxels than cells, cells share voxels.
         cells: Grid cells along each of the D axes, G = cells ** D. 1 averages everything.
     """
+    if features.device.type == "mps":  # lacks the pooling of 3D maps, and of sizes that are no multiple of the cells
+        return _pool_by_products(features, cells).flatten(1)
     pool = functional.adaptive_avg_pool2d if features.ndim == 4 else functional.adaptive_avg_pool3d
     pooled: Tensor = pool(features, cells)
     return pooled.flatten(1)
+
+
+def _pool_by_products(features: Tensor, cells: int) -> Tensor:
+    """Torch's adaptive average pooling, (N, C, *S) -> (N, C, cells, ...), as one matrix product per axis."""
+    for axis, size in enumerate(features.shape[2:], start=2):
+        weights = torch.zeros(size, cells)
+        for cell in range(cells):
+            first, last = cell * size // cells, -(-(cell + 1) * size // cells)
+            weights[first:last, cell] = 1 / (last - first)
+        features = (features.movedim(axis, -1) @ weights.to(features)).movedim(-1, axis)
+    return features
 
 
 class GlobalHead(nn.Sequential):

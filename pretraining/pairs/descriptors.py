@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from nnunetv2_kaf.coordinates import from_mm, to_grid_sample
 
+ROWS = 1 << 14
+"""Rows that are smoothed at a time: on a CPU torch takes 16 times their memory."""
+
 
 def patch_descriptors(
     images: Tensor,
@@ -68,6 +71,7 @@ def _gaussian_smooth(images: Tensor, sigmas: list[float]) -> Tensor:
         kernel = torch.exp(-0.5 * (x / max(sigma, 1e-3)) ** 2)
         moved = images.movedim(axis, -1)
         flat = functional.pad(moved.reshape(-1, 1, moved.shape[-1]), (radius, radius), mode="replicate")
-        smooth = functional.conv1d(flat, (kernel / kernel.sum()).view(1, 1, -1))
+        weight = (kernel / kernel.sum()).view(1, 1, -1)
+        smooth = torch.cat([functional.conv1d(rows, weight) for rows in torch.split(flat, ROWS)])
         images = smooth.view(moved.shape).movedim(-1, axis)
     return images

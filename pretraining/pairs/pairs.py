@@ -124,9 +124,9 @@ def _centres(
         # The two images are aligned at their centres.
         moved = centre + generator.uniform(-reach, reach) + (other_size - size) / 2
         moved = float(np.clip(moved, *_range(other_size, patch)))
-        # A single slice stays exactly on its centre: interpolating it with the padding would only darken it.
-        first.append(round(centre - half) + half if size > 1 else 0.0)
-        second.append(round(moved - half) + half if other_size > 1 else 0.0)
+        # On the raster also where there is one slice: interpolating it with the padding would only darken it.
+        first.append(round(centre - half) + half)
+        second.append(round(moved - half) + half)
     return tuple(first), tuple(second)
 
 
@@ -137,5 +137,6 @@ def _range(size: int, patch: int) -> tuple[float, float]:
 
 
 def _position(centre: Sequence[float], shape: Sequence[int]) -> tuple[float, ...]:
-    """Voxel coordinates as shares of the volume, from 0 to 1."""
-    return tuple(share_of_extent(np.asarray(centre), shape).clip(0, 1).tolist())
+    """Voxel coordinates as shares of the volume, from 0 to 1; 0.5 where there is one slice."""
+    shares = share_of_extent(np.asarray(centre), shape).clip(0, 1)
+    return tuple(np.where(np.asarray(shape) == 1, 0.5, shares).tolist())

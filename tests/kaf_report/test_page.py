@@ -52,6 +52,23 @@ def test_a_folder_with_other_files_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(KAFError, match=r"thesis\.tex"):
         page.prepare_folder(tmp_path)
+    (tmp_path / "thesis.tex").rename(tmp_path / "report.html")  # of somebody else
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "holiday.png").touch()
+    with pytest.raises(KAFError, match="holds other files"):
+        page.prepare_folder(tmp_path)
+    (tmp_path / "report.html").unlink()
+    with pytest.raises(KAFError, match="holds other files"):
+        page.prepare_folder(tmp_path)
+    assert (tmp_path / "pictures" / "holiday.png").exists()
+
+
+def test_a_report_that_was_interrupted_can_be_made_again(tmp_path: Path) -> None:
+    page.prepare_folder(tmp_path / "out")
+    Album(tmp_path / "out").save("a", b"x")
+    assert "not finished" in (tmp_path / "out" / "report.html").read_text()
+    page.prepare_folder(tmp_path / "out")
+    assert not list((tmp_path / "out" / "pictures").iterdir())
 
 
 def test_a_new_report_removes_the_pictures_of_the_one_before(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 
 from kaf_report import cli, pair_figures
@@ -38,6 +39,51 @@ def test_curves_pairs_and_neighbours(run: Path, tmp_path: Path) -> None:
     (run.parent / "all").mkdir()
     run.rename(run.parent / "all" / "fold_all")
     assert "Nearest neighbours" in page(run.parent / "all", tmp_path / "out", "--pairs", "1")
+
+
+def test_the_pairs_are_of_the_patients_that_the_run_held_out(
+    tiny: Any, fast: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.add_cases(5)
+    resampling = {"order": 3, "order_z": 0, "force_separate_z": None}
+    for configuration in tiny.plans["configurations"].values():
+        configuration["preprocessor_name"] = "DefaultPreprocessor"
+        for kind in ("data", "seg"):
+            configuration[f"resampling_fn_{kind}"] = "resample_data_or_seg_to_shape"
+            configuration[f"resampling_fn_{kind}_kwargs"] = {**resampling, "is_seg": kind == "seg"}
+    tiny.plans |= {
+        "foreground_intensity_properties_per_channel": {"0": {}},
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+    }
+    tiny.write_plans()
+    (tmp_path / "more").mkdir()
+    for i in range(6):
+        volume = sitk.GetImageFromArray(np.random.default_rng(i).normal(size=(10, 28, 20)).astype(np.float32))
+        volume.SetSpacing((1.0, 1.0, 4.0))
+        sitk.WriteImage(volume, str(tmp_path / "more" / f"new_{i}_0000.nii.gz"))
+    folder = tmp_path / "run"
+    options = ["-d", "123", "-c", "2d", "--images", str(tmp_path / "more"), "--fold", "all", *fast]
+    assert pretrain([*options, "--output", str(folder)]) == 0
+    record = torch.load(folder / "checkpoint_final.pth", weights_only=True)["pretraining"]
+    (held_out,) = record["held_out"]
+    assert held_out not in record["cases"]
+    assert held_out.rpartition("/")[2].startswith("new_"), "of the unlabelled ones"
+    for entry in (tmp_path / "more").iterdir():
+        entry.unlink()  # the preprocessed images are enough
+    text = page(folder, tmp_path / "out", "--pairs", "3")
+    assert text.count(f"{held_out}: ") == text.count(" right, ") > 0
+    assert "held out" not in text
+    # without such a record the page says what it shows
+    content = torch.load(folder / "checkpoint_final.pth", weights_only=True)
+    del content["pretraining"]["held_out"]
+    torch.save(content, folder / "checkpoint_final.pth")
+    assert "No patient is recorded as held out" in page(folder, tmp_path / "out", "--pairs", "1")
+    monkeypatch.setattr("sys.stdout", None)
+    assert cli.main([str(folder), "-o", str(tmp_path / "out"), "--pairs", "1"]) == 0
+    trained = next(case for case in record["cases"] if "/" in case)
+    next(tiny.folder.glob(f"*_kaf_images/{trained}-*.b2nd")).unlink()
+    assert "1 preprocessed images of the pretraining are gone" in page(folder, tmp_path / "out")
 
 
 def test_without_the_last_save_the_encoder_alone_is_compared(run: Path, tmp_path: Path) -> None:

@@ -29,6 +29,19 @@ def test_the_distance_is_monais(seed: int) -> None:
     assert scores.compare(ours, theirs, SPACING).dice == pytest.approx(dice)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_of_a_flat_image_the_outlines_count(seed: int) -> None:
+    ours, theirs = (blobs(number)[4:5] for number in (2 * seed, 2 * seed + 1))
+    tensors = [torch.from_numpy(mask)[None].float() for mask in (ours, theirs)]
+    expected = float(compute_hausdorff_distance(*tensors, include_background=True, percentile=95, spacing=SPACING[1:]))
+    assert scores.hausdorff95(ours, theirs, SPACING) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_single_voxel_is_its_own_surface() -> None:
+    voxel = np.ones((1, 1, 1), dtype=bool)
+    assert scores.hausdorff95(voxel, voxel, SPACING) == 0
+
+
 def test_masks_at_the_border_have_a_surface_there() -> None:
     full = np.ones((2, 3, 4), dtype=bool)
     assert scores.compare(full, full, SPACING) == scores.Score(1.0, 0.0)

@@ -117,3 +117,16 @@ def test_kaf_layers_count_in_the_memory_estimate(dataset: Path, monkeypatch: pyt
             )
         )
     assert estimates[1] > 1.03 * estimates[0]
+
+
+@pytest.mark.parametrize("kind", ["KAF", "KAFResEncM"])
+def test_data_are_not_shared_if_the_intensities_differ(kind: str, dataset: Path) -> None:
+    """Plain plans of fewer cases: CT would be normalised otherwise."""
+    ExperimentPlanner("Dataset991_Plan").plan_experiment()
+    file = dataset / "nnUNetPlans.json"
+    plans: dict[str, Any] = json.loads(file.read_text())
+    plans["foreground_intensity_properties_per_channel"]["0"]["mean"] += 10
+    file.write_text(json.dumps(plans))
+    ours = getattr(planner, f"nnUNetPlanner{kind}")("Dataset991_Plan").plan_experiment()
+    for name in ("2d", "3d_fullres"):
+        assert ours["configurations"][name]["data_identifier"] == f"{ours['plans_name']}_{name}"

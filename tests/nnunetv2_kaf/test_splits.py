@@ -5,6 +5,7 @@ import pytest
 from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.splits import (
     PATIENT_PATTERN,
+    cases_of_no_fold,
     check_fold,
     leave_one_patient_out,
     patient_of_case,
@@ -60,3 +61,15 @@ def test_a_fold_beyond_the_patients_is_an_error_where_the_split_is_ours(tmp_path
         check_fold(tmp_path, HEARTS, 2)
     (tmp_path / "splits_final.json").write_text(json.dumps([{"train": HEARTS[:1], "val": HEARTS[1:]}]))
     check_fold(tmp_path, HEARTS, 2)  # the user's own split: nnU-Net's rule for further folds holds
+
+
+@pytest.mark.parametrize("more", [["patient020_frame01"], [f"patient{i}_frame01" for i in range(100, 106)]])
+def test_cases_that_came_after_our_split_are_named(tmp_path, more):
+    split_few_cases(tmp_path, HEARTS)
+    assert cases_of_no_fold(tmp_path, HEARTS) is None
+    message = cases_of_no_fold(tmp_path, HEARTS + more)
+    assert message.startswith(f"{len(more)} case(s) are in no fold of {tmp_path / 'splits_final.json'}")
+    assert more[0] in message
+    # a split of the user's own may leave cases out
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": HEARTS[:2], "val": HEARTS[2:]}]))
+    assert cases_of_no_fold(tmp_path, HEARTS + more) is None

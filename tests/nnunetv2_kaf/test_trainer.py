@@ -133,7 +133,7 @@ def test_plans_that_cannot_carry_layers_are_refused(make: Make, plain_plans: Pla
 def test_missing_preprocessed_data_name_the_command(make: Make, plain_plans: Plans) -> None:
     plain_plans["configurations"]["2d"]["data_identifier"] = "nnUNetPlans_gone"
     trainer = make(plans=plain_plans)
-    with pytest.raises(KAFError, match=r"nnUNetPlans_gone do not exist.*nnUNetv2_preprocess -d Dataset990_Tiny.*-c 2d"):
+    with pytest.raises(KAFError, match=r"nnUNetPlans_gone do not exist.*nnUNetv2_preprocess -d 990 .*-c 2d"):
         trainer.initialize()
 
 

@@ -147,3 +147,13 @@ def test_what_was_set_aside_is_put_back(tmp_path: Path) -> None:
     assert (tmp_path / LATEST).read_text() == LATEST
     assert (tmp_path / FINAL).read_text() == "new", "nothing new is lost"
     assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_a_run_goes_on_where_loss_scaling_is_needed(saved: tuple[Path, dict[str, Any]]) -> None:
+    """Saved in float32 or bfloat16, without a state of loss scaling; continued in float16."""
+    path, identity = saved
+    state = fresh()
+    state.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    load_latest(path, state, CONFIG, identity)
+    assert state.step == 7
+    assert state.scaler.get_scale() > 1

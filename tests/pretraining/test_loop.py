@@ -14,7 +14,7 @@ import torch
 
 from nnunetv2_kaf.errors import KAFError
 from pretraining.config import PretrainConfig
-from pretraining.loop import Trainer, learning_rate
+from pretraining.loop import Trainer, amp_dtype, learning_rate
 from pretraining.pairs.batch import Batch
 from pretraining.pairs.loader import PairLoader
 from pretraining.run import build_state
@@ -195,3 +195,15 @@ def test_the_bar_shows_the_time_left_of_the_run_on_a_terminal_only(
     trainer.epoch(repeat(loader.batch(0)), lambda: False)
     shown = stderr.getvalue()
     assert ("epoch 1/2" in shown and "/4 [" in shown) if terminal else shown == ""
+
+
+@pytest.mark.parametrize(("has_it", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_bfloat16_only_where_the_device_has_it(
+    monkeypatch: pytest.MonkeyPatch, has_it: bool, expected: torch.dtype
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return has_it or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert amp_dtype(torch.device("cuda")) == expected
+    assert amp_dtype(torch.device("cpu")) is None

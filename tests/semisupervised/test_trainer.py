@@ -1,10 +1,13 @@
 import importlib.util
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 from low_label import trainers as study
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -108,6 +111,43 @@ def test_a_finished_model_validates_and_predicts_without_its_unlabelled_images(m
     again.current_epoch = 1
     with pytest.raises(KAFError, match=r"3 unlabelled image\(s\) that this training began with are gone"):
         again.on_train_start()
+
+
+def test_a_training_goes_on_where_the_data_have_moved_to(make_dataset, monkeypatch, tmp_path):
+    dataset = make_dataset()
+    folder = tmp_path / "more"
+    folder.mkdir()
+    volume = sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(9, 20, 28)).astype(np.float32))
+    sitk.WriteImage(volume, str(folder / "q0_0000.nii.gz"))
+    monkeypatch.setenv("KAF_UNLABELLED", f"{folder}{os.pathsep}321")
+    first = dataset.trainer(num_epochs=3)
+    interrupted(first, 2)
+    moved = tmp_path / "scratch"
+    dataset.folder.parent.rename(moved)
+    (file,) = moved.rglob("q0-*.b2nd")
+    file.rename(file.with_name(f"q0-{'0' * 16}.b2nd"))  # the raw file was copied, and prepared again
+    monkeypatch.setenv("nnUNet_preprocessed", str(moved))
+    second = dataset.trainer(num_epochs=3)
+    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+    second.run_training()
+    assert len(second.semi_history) == 3
+    record = json.loads((Path(second.output_folder) / "semi_unlabelled.json").read_text())
+    assert all(str(moved) in path for path in record["cases"].values())
+    assert "1 of them preprocessed again since then" in record["origin"]
+
+
+def test_missing_data_name_the_command(make_dataset):
+    dataset = make_dataset()
+    shutil.rmtree(dataset.images)
+    for cls in BOTH:
+        with pytest.raises(KAFError, match=r"nnUNetPlans_2d do not exist.*nnUNetv2_preprocess -d 321 "):
+            dataset.trainer(cls).run_training()
+
+
+def test_every_epoch_measures_the_teacher(make_dataset):
+    trainer = make_dataset().trainer(guard_every=4)  # an epoch has 3 steps
+    trainer.run_training()
+    assert [record["known"] > 0 for record in trainer.semi_history] == [True, True]
 
 
 def test_a_training_without_unlabelled_images_stops_before_it_starts(make_dataset, monkeypatch):

@@ -101,6 +101,37 @@ def test_the_list_of_the_command_is_used_where_nothing_else_is_said(raw, monkeyp
     assert both.labelled == len(names & {"p0", "p1"})
 
 
+def test_scans_of_validation_patients_are_found_by_the_pattern_that_is_given(raw, monkeypatch, capsys):
+    _, folder = raw
+    monkeypatch.setenv("KAF_UNLABELLED", "")
+    write(folder / "p2-2019-03-01_0000.nii.gz", 9)
+    command = ["--dataset", "321", "--images", str(folder), "--num-workers", "1"]
+
+    def names():
+        return [case.rpartition("/")[2] for case in find_unlabelled(training()).images.cases]
+
+    assert cli.main(command) == 0
+    assert names() == ["p2-2019-03-01", "q0", "q1"]
+    assert cli.main([*command, "--patient-pattern", r"(p\d).*"]) == 0
+    assert names() == ["q0", "q1"]
+    assert list(find_unlabelled(training()).left_out.values()) == [["p2-2019-03-01", "p2_late"]]
+    monkeypatch.setenv("KAF_UNLABELLED", str(folder))
+    assert names() == ["q0", "q1"], "also of images that are named otherwise"
+    monkeypatch.setenv("KAF_UNLABELLED", "")
+    # a pretraining that goes by the default pattern does not undo that
+    assert pretrain_cli.main([*PRETRAIN, "--images", str(folder)]) == 0
+    assert "p2-2019-03-01" not in names()
+    capsys.readouterr()
+    assert cli.main([*command, "--patient-pattern", "p"]) == 2
+    assert "--patient-pattern is 'p'; expected a group" in capsys.readouterr().err
+
+
+def test_the_command_works_with_closed_streams(raw, monkeypatch):
+    _, folder = raw
+    monkeypatch.setattr("sys.stdout", None)
+    assert cli.main(["--dataset", "321", "--images", str(folder), "--num-workers", "1"]) == 0
+
+
 def test_a_damaged_list_says_how_to_make_it_again(raw, monkeypatch):
     _, folder = raw
     monkeypatch.setenv("KAF_UNLABELLED", "")
@@ -108,7 +139,9 @@ def test_a_damaged_list_says_how_to_make_it_again(raw, monkeypatch):
     (file,) = Path(os.environ["nnUNet_preprocessed"]).rglob("unlabelled.json")  # noqa: SIM112
     good = json.loads(file.read_text())
     outside = {"images": {"a/b": "../nnUNetPlans_2d/p0.b2nd"}}
-    for content in ("[", "{}", '{"images": {}}', '{"images": {"a": 3}}', '{"images": ["a"]}', json.dumps(outside)):
+    pattern = json.dumps({**good, "patient_pattern": "("})
+    wrong = ("[", "{}", '{"images": {}}', '{"images": {"a": 3}}', '{"images": ["a"]}', json.dumps(outside), pattern)
+    for content in wrong:
         file.write_text(content)
         with pytest.raises(KAFError, match=r"unlabelled\.json.*Run kaf-unlabelled --dataset 321"):
             find_unlabelled(training())
@@ -179,3 +212,10 @@ def test_a_pretraining_on_another_dataset_names_no_images_here(make_dataset, mon
     (other / "nnUNetPlans.json").write_text(json.dumps({**plans, "dataset_name": "Dataset322_Other"}))
     with pytest.raises(KAFError, match=r"used images of \('Dataset321_Small', '2d'\).*KAF_UNLABELLED"):
         find_unlabelled(training(dataset_name="Dataset322_Other", pretraining=path))
+    # its weights can still be the start, where other images are listed
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "more" / "q0_0000.nii.gz", 0)
+    assert cli.main(["--dataset", "322", "--images", str(tmp_path / "more"), "-c", "2d"]) == 0
+    found = find_unlabelled(training(dataset_name="Dataset322_Other", pretraining=path))
+    assert [case.rpartition("/")[2] for case in found.images.cases] == ["q0"]
+    assert "the list of kaf-unlabelled" in found.origin

@@ -15,6 +15,7 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.inspect import open_model
 from pretraining.exchange import export_cli, trained
 
@@ -150,3 +151,24 @@ def test_the_plans_of_the_folder_are_those_of_the_checkpoint(write_model: Write,
     predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(out), ("0",))
     assert type(predictor.network).__name__ == "PlainConvUNet"
+
+
+def test_no_fold_of_an_earlier_export_is_left(write_model: Write, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    trained.export_nnunet(write_model(tmp_path / "two", network="plain", folds=("0", "1")), out)
+    (out / "notes.txt").write_text("mine")
+    trained.export_nnunet(write_model(tmp_path / "one", network="plain"), out, force=True)
+    assert nnUNetPredictor.auto_detect_available_folds(str(out), "checkpoint_final.pth") == [0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "two"], "nothing beside it is left"
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(write_model: Write, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", write_model(tmp_path / "two", network="plain", folds=("0", "1"))
+    trained.export_nnunet(model, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (model / "fold_1" / "checkpoint_final.pth").write_bytes(b"damaged")
+    (model / "plans.json").write_text((model / "plans.json").read_text() + " ")
+    with pytest.raises(KAFError):
+        trained.export_nnunet(model, out, force=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pretraining.objectives.heads import CrossBlock, DescriptorHead, GlobalHead, Matcher, masked_mean
+from pretraining.objectives.heads import (
+    CrossBlock,
+    DescriptorHead,
+    GlobalHead,
+    Matcher,
+    _pool_by_products,
+    masked_mean,
+    pool_grid,
+)
 
 DOUBLE = torch.float64
 
@@ -164,3 +172,12 @@ def test_compiles_without_graph_breaks(matcher: Matcher) -> None:
     case = views()
     compiled = torch.compile(matcher, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*case), matcher(*case))
+
+
+@pytest.mark.parametrize("shape", [(7, 8), (1, 5), (4, 4), (5, 7, 2), (1, 3, 6)])
+@pytest.mark.parametrize("cells", [1, 2, 3])
+def test_pooling_by_products_is_torchs(shape: tuple[int, ...], cells: int) -> None:
+    features = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    torch.testing.assert_close(
+        _pool_by_products(features.float(), cells).flatten(1).double(), pool_grid(features, cells), atol=1e-6, rtol=1e-5
+    )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pretraining.pairs import descriptors
 from pretraining.pairs.descriptors import patch_descriptors, sample_at
 
 
@@ -33,3 +34,11 @@ def test_descriptors_are_correlations(dims: int) -> None:
 def test_a_constant_image_has_no_descriptor() -> None:
     points = torch.rand(1, 4, 2, generator=torch.Generator().manual_seed(0)) * 9
     assert (patch_descriptors(torch.full((1, 1, 10, 10), 7.3), points, torch.ones(2), 1.0) == 0).all()
+
+
+def test_smoothing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.randn(1, 2, 9, 11, 13, generator=torch.Generator().manual_seed(0))
+    points = torch.tensor([[[4.0, 5.0, 6.0], [2.0, 3.0, 9.5]]])
+    whole = patch_descriptors(image, points, (2.0, 1.0, 1.0), 1.0, 2)
+    monkeypatch.setattr(descriptors, "ROWS", 7)
+    torch.testing.assert_close(patch_descriptors(image, points, (2.0, 1.0, 1.0), 1.0, 2), whole)

@@ -72,6 +72,14 @@ def test_positions_vary_even_if_the_volume_is_smaller_than_the_patch() -> None:
     assert len(positions) > 25
 
 
+@pytest.mark.parametrize("depth", [7, 8])
+def test_a_single_slice_of_a_volume_lies_on_the_raster_of_the_view(depth: int) -> None:
+    pair = draw((1, 40, 40), (depth, 24, 16))
+    for side in (pair.first, pair.second):
+        assert (side.centre[0] - (depth - 1) / 2) % 1 == 0
+        assert side.position[0] == 0.5
+
+
 def test_generator_decides() -> None:
     assert draw((9, 40, 40), (4, 16, 16), 3) == draw((9, 40, 40), (4, 16, 16), 3)
     assert draw((9, 40, 40), (4, 16, 16), 3) != draw((9, 40, 40), (4, 16, 16), 4)
