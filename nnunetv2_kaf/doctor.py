@@ -23,7 +23,7 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.model_needs import Needs, needs_of
 from nnunetv2_kaf.probes import COMPILE, TORCH, Probe, discovery_of, run_probe
 
-MINIMUM_NNUNET = "2.7"
+MINIMUM_NNUNET, MINIMUM_TORCH = "2.7", "2.6"
 PATH_VARIABLES = {
     "nnUNet_raw": "the datasets as you provide them",
     "nnUNet_preprocessed": "preprocessed data and plans",
@@ -88,11 +88,11 @@ def check_discovery(probe: Probe, name: str) -> Check:
     """
     title = f"nnU-Net finds {name}"
     if probe.error:
-        return Check(title, "fail", probe.error, "nnU-Net's own search fails; correct this error first")
+        return Check(title, "fail", probe.error, probe.fix("nnU-Net's own search fails; correct this error first"))
     result = probe.answer[name]
     if "error" in result:
         return Check(title, "fail", result["error"], "the class was found but its import fails; correct this error")
-    if str(result["module"]).startswith("nnunetv2_kaf."):
+    if str(result["module"]).startswith(("nnunetv2_kaf.", "semisupervised.")):
         return Check(title, "ok", f"in {result['module']}")
     if result["module"] is not None:
         fix = f"another package defines this name: rename or remove {result['module']}"
@@ -123,7 +123,7 @@ def check_torchvision(probe: Probe) -> Check:
         + ": pip uninstall -y torch torchvision, then pip install torch torchvision from the same index"
     )
     if probe.error:
-        return Check("torchvision", "fail", probe.error, _NO_TORCH)
+        return Check("torchvision", "fail", probe.error, probe.fix(_NO_TORCH))
     if "torchvision" in probe.answer:
         return Check("torchvision", "ok", probe.answer["torchvision"])
     return Check("torchvision", "fail", probe.answer["torchvision_error"], fix)
@@ -132,7 +132,10 @@ def check_torchvision(probe: Probe) -> Check:
 def check_device(probe: Probe) -> Check:
     """Which device nnU-Net can use."""
     if probe.error:
-        return Check("device", "fail", probe.error, _NO_TORCH)
+        return Check("device", "fail", probe.error, probe.fix(_NO_TORCH))
+    if "cuda_error" in probe.answer:
+        fix = "torch sees a GPU and cannot use it: look at nvidia-smi, and at the driver's version"
+        return Check("device", "fail", probe.answer["cuda_error"], fix)
     if probe.answer["cuda"]:
         return Check("device", "ok", "cuda: " + ", ".join(probe.answer["cuda"]))
     if probe.answer["mps"]:
@@ -143,15 +146,22 @@ def check_device(probe: Probe) -> Check:
     return Check("device", "ok", found)
 
 
-def check_compile(probe: Probe) -> Check:
-    """`torch.compile` works; nnU-Net uses it by default when it trains on CUDA and never on other devices."""
+def check_compile(probe: Probe, torch: Probe) -> Check:
+    """`torch.compile` works; nnU-Net compiles when it trains on CUDA, not on Windows, and not if it is switched off.
+
+    Args:
+        probe: Answer of the question about torch.compile; its child may have died before it could say on which device.
+        torch: Answer of the question about torch.
+    """
     if not probe.error:
         return Check("torch.compile", "ok", f"works on {probe.answer['device']}")
+    on_cuda = bool(torch.answer.get("cuda")) if torch.answer else shutil.which("nvidia-smi") is not None
+    if os.environ.get("nnUNet_compile", "t").lower() not in ("true", "1", "t"):  # noqa: SIM112 (nnU-Net's spelling)
+        return Check("torch.compile", "warn", f"{probe.error}; not needed, nnUNet_compile switches it off")
+    if not on_cuda or os.name == "nt":
+        return Check("torch.compile", "warn", f"{probe.error}; not needed here, where nnU-Net does not compile")
     fix = "install a C++ compiler (such as gcc), or switch it off: export nnUNet_compile=f"
-    # The child died before it could say on which device; where there is a driver, CUDA has to be assumed.
-    on_cuda = shutil.which("nvidia-smi") is not None
-    where = "" if on_cuda else "; not needed on this device, where nnU-Net does not compile"
-    return Check("torch.compile", "fail" if on_cuda else "warn", probe.error + where, fix)
+    return Check("torch.compile", "fail", probe.error, probe.fix(fix))
 
 
 def check_path_variable(name: str) -> Check:
@@ -159,9 +169,12 @@ def check_path_variable(name: str) -> Check:
     value = os.environ.get(name)
     if not value:
         return Check(name, "fail", "not set", f"export {name}=<folder for {PATH_VARIABLES[name]}>")
-    if not Path(value).is_dir():
+    if not os.path.isdir(value):  # unlike Path.is_dir, no error in a folder that may not be entered
         return Check(
-            name, "fail", f"{value} is not a folder", f"mkdir -p {shlex.quote(value)}, or correct the variable"
+            name,
+            "fail",
+            f"{value} is not a folder that can be entered",
+            f"mkdir -p {shlex.quote(value)}, or correct the variable",
         )
     try:
         with tempfile.TemporaryFile(dir=value):
@@ -179,7 +192,7 @@ def check_disk_space(name: str) -> Check:
     """Free space on the disk of a path variable."""
     title = f"disk of {name}"
     value = os.environ.get(name)
-    if not value or not Path(value).is_dir():
+    if not value or not os.path.isdir(value):
         return Check(title, "warn", "unknown", f"set {name} first")
     free = shutil.disk_usage(value).free / 1e9
     if free >= LITTLE_SPACE_GB:
@@ -190,7 +203,8 @@ def check_disk_space(name: str) -> Check:
 def check_checkpoints() -> list[Check]:
     """Every pretraining checkpoint at its standard place, and whether it can be read."""
     results = os.environ.get("nnUNet_results", "")  # noqa: SIM112 (nnU-Net's spelling)
-    files = sorted(Path(results).glob("Dataset*/KAFPretraining__*__*/fold_*/checkpoint_final.pth")) if results else []
+    pattern = "Dataset*/KAFPretraining__*__*/fold_*/checkpoint_final.pth"
+    files = sorted(Path(results).glob(pattern)) if results and os.path.isdir(results) else []
     if not files:
         return [Check("pretraining", "ok", "no finished checkpoint; nnUNetTrainerKAF starts from random weights")]
     return [_check_checkpoint(file, file.relative_to(results)) for file in files]
@@ -224,14 +238,16 @@ def _check_model(needed: Needs, probe: Probe) -> Check:
     cure = f"pip install 'nnunetv2-kaf>={version('nnunetv2-kaf')}'" if _installed() else "pip install nnunetv2-kaf"
     elsewhere = f"; where it predicts: {cure}" if needed.package else "; it needs nnU-Net alone"
     if probe.error:
-        return Check(title, "fail", probe.error, "nnU-Net's own search fails; correct this error first")
+        return Check(title, "fail", probe.error, probe.fix("nnU-Net's own search fails; correct this error first"))
     result = probe.answer.get(needed.trainer, {"module": None})
     if "error" in result:
         return Check(title, "fail", f"its trainer {needed.trainer} cannot be imported: {result['error']}", cure)
     if result["module"] is None:
         found = f"nnU-Net will say: Could not find requested nnunet trainer {needed.trainer}"
-        own = "copy the trainer's file, and name its folder in nnUNet_extTrainer"
-        return Check(title, "fail", found, cure if needed.package else own)
+        own = "copy the trainer's file, and name its folder in nnUNet_extTrainer (nnunetv2 2.8 or later)"
+        ours = cure if needed.own_trainer or not _installed() else ""
+        fixes = [ours if needed.package else "", "" if needed.own_trainer else own]
+        return Check(title, "fail", found, "; ".join(filter(None, fixes)))
     return Check(title, "ok", f"trainer {needed.trainer} in {result['module']}{elsewhere}")
 
 
@@ -256,14 +272,15 @@ def run_checks(timeout_s: float, with_compile: bool, models: Sequence[Needs] = (
         discovery, torch, *compiled = pool.map(lambda code: run_probe(code, timeout_s), codes)
     return [
         check_discovery(discovery, "nnUNetTrainerKAF"),
+        check_discovery(discovery, "nnUNetTrainerKAFSemi"),
         check_discovery(discovery, "nnUNetPlannerKAF"),
         check_python(),
         check_package("nnunetv2-kaf", fix="pip install nnunetv2-kaf (in a source checkout: pip install -e .)"),
         check_package("nnunetv2", MINIMUM_NNUNET, f"pip install 'nnunetv2>={MINIMUM_NNUNET}'"),
-        check_package("torch", fix="pip install torch torchvision"),
+        check_package("torch", MINIMUM_TORCH, f"pip install 'torch>={MINIMUM_TORCH}' torchvision"),
         check_torchvision(torch),
         check_device(torch),
-        *(check_compile(probe) for probe in compiled),
+        *(check_compile(probe, torch) for probe in compiled),
         *(check_path_variable(name) for name in PATH_VARIABLES),
         *check_checkpoints(),
         *check_models(models, discovery),

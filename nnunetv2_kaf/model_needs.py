@@ -32,9 +32,14 @@ class Needs:
     networks: tuple[str, ...]
 
     @property
+    def own_trainer(self) -> bool:
+        """Whether its trainer has a name of this package's."""
+        return self.trainer.startswith(_OURS)
+
+    @property
     def package(self) -> bool:
         """Whether it needs this package."""
-        return self.trainer.startswith(_OURS) or any(name.startswith("nnunetv2_kaf.") for name in self.networks)
+        return self.own_trainer or any(name.startswith("nnunetv2_kaf.") for name in self.networks)
 
 
 def needs_of(path: Path) -> list[Needs]:

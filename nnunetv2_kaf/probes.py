@@ -25,10 +25,21 @@ answer["finder"] = any(type(f).__name__ == "KAFFinder" for f in sys.meta_path)
 answer["startup"] = find_spec("nnunetv2_kaf_startup") is not None
 import nnunetv2
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find
-places = {"nnUNetTrainerKAF": ("training", "nnUNetTrainer"), "nnUNetPlannerKAF": ("experiment_planning",)}
+try:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find_trainer
+except ImportError:  # before 2.8, which also looks in nnUNet_extTrainer
+    find_trainer = None
+trainers = ("training", "nnUNetTrainer")
+places = {"nnUNetTrainerKAF": trainers, "nnUNetTrainerKAFSemi": trainers, "nnUNetPlannerKAF": ("experiment_planning",)}
 for name, folders in places.items():
     try:
         found = find(join(nnunetv2.__path__[0], *folders), name, ".".join(("nnunetv2", *folders)))
+        if found is None and folders == trainers and find_trainer is not None:
+            try:
+                found = find_trainer(name)
+            except RuntimeError as error:
+                if "Could not find" not in str(error):
+                    raise
         answer[name] = {"module": found.__module__ if found else None}
     except Exception as error:
         answer[name] = {"error": f"{type(error).__name__}: {error}"}
@@ -43,8 +54,11 @@ def discovery_of(trainers: Sequence[str]) -> str:
 
 TORCH = """
 import torch
-gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-answer["cuda"] = [torch.cuda.get_device_name(i) for i in range(gpus)]
+try:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    answer["cuda"] = [torch.cuda.get_device_name(i) for i in range(gpus)]
+except Exception as error:
+    answer["cuda_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
 answer["mps"] = torch.backends.mps.is_available()
 answer["cpu_build"] = torch.version.cuda is None and torch.version.hip is None
 try:
@@ -63,10 +77,21 @@ torch.compile(lambda x: torch.nn.functional.gelu(x) + 1)(torch.ones(8, device=an
 
 @dataclass(frozen=True)
 class Probe:
-    """What a fresh interpreter answered: JSON types, or nothing and the reason why."""
+    """What a fresh interpreter answered: JSON types, or nothing and the reason why.
+
+    Attributes:
+        answer: The dictionary.
+        error: Empty if there is an answer.
+        timed_out: Whether it was ended because it took too long.
+    """
 
     answer: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    timed_out: bool = False
+
+    def fix(self, otherwise: str) -> str:
+        """What to do about the error: a slow disk is no broken package."""
+        return "give it more time: kaf-doctor --timeout 1000" if self.timed_out else otherwise
 
 
 def run_probe(code: str, timeout_s: float) -> Probe:
@@ -82,7 +107,7 @@ def run_probe(code: str, timeout_s: float) -> Probe:
             [sys.executable, "-c", source], capture_output=True, text=True, timeout=timeout_s, check=False
         )
     except subprocess.TimeoutExpired:
-        return Probe(error=f"no answer within {timeout_s:g} s")
+        return Probe(error=f"no answer within {timeout_s:g} s", timed_out=True)
     for line in done.stdout.splitlines():
         if line.startswith(_ANSWER):
             return Probe(answer=json.loads(line.removeprefix(_ANSWER)))

@@ -17,6 +17,7 @@ FOUND: dict[str, Any] = {
     "startup": True,
     "finder": True,
     "nnUNetTrainerKAF": {"module": "nnunetv2_kaf.trainer"},
+    "nnUNetTrainerKAFSemi": {"module": "semisupervised.trainer"},
     "nnUNetPlannerKAF": {"module": "nnunetv2_kaf.planner"},
 }
 TORCH: dict[str, Any] = {"cuda": [], "mps": False, "cpu_build": False, "torchvision": "0.20"}
@@ -43,7 +44,11 @@ def test_probe_returns_the_error_and_not_the_advice_after_it() -> None:
 
 
 def test_probe_ends_a_child_that_hangs() -> None:
-    assert run_probe("import time\ntime.sleep(60)", 0.5).error == "no answer within 0.5 s"
+    slow = run_probe("import time\ntime.sleep(60)", 0.5)
+    assert slow.error == "no answer within 0.5 s"
+    # nothing has to be installed again for that
+    for check in (doctor.check_torchvision(slow), doctor.check_device(slow), doctor.check_discovery(slow, "X")):
+        assert (check.status, check.fix) == ("fail", "give it more time: kaf-doctor --timeout 1000")
 
 
 def test_probe_does_not_see_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,17 +112,25 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mps" in doctor.check_device(Probe({**TORCH, "mps": True})).found
     assert doctor.check_device(Probe(TORCH)).status == "ok"
     assert doctor.check_device(Probe(error="no torch")).status == "fail"
+    driver = doctor.check_device(Probe({"cuda_error": "RuntimeError: CUDA error: unknown error", "mps": False}))
+    assert (driver.status, "driver" in driver.fix) == ("fail", True)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     assert doctor.check_device(Probe(TORCH)).status == "warn"
 
 
 def test_compile_matters_only_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_compile(Probe({"device": "cuda"})).status == "ok"
-    failed = Probe(error="no answer within 5 s")
-    assert doctor.check_compile(failed).status == "warn"
+    gpu, died = Probe({**TORCH, "cuda": ["A100"]}), Probe(error="ImportError: libcudart")
+    assert doctor.check_compile(Probe({"device": "cuda"}), gpu).status == "ok"
+    failed = Probe(error="RuntimeError: no C++ compiler")
+    assert doctor.check_compile(failed, Probe(TORCH)).status == "warn"
+    assert doctor.check_compile(failed, died).status == "warn"
+    assert doctor.check_compile(failed, gpu).status == "fail", "also where there is no nvidia-smi"
+    assert "nnUNet_compile=f" in doctor.check_compile(failed, gpu).fix
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert doctor.check_compile(failed).status == "fail"
-    assert "nnUNet_compile=f" in doctor.check_compile(failed).fix
+    assert doctor.check_compile(failed, died).status == "fail"
+    assert doctor.check_compile(failed, Probe(TORCH)).status == "warn", "torch knows better"
+    monkeypatch.setenv("nnUNet_compile", "f")
+    assert doctor.check_compile(failed, gpu).status == "warn"
 
 
 def test_path_variables(paths: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +140,19 @@ def test_path_variables(paths: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "export nnUNet_raw=" in doctor.check_path_variable("nnUNet_raw").fix
     monkeypatch.setenv("nnUNet_raw", str(paths / "missing"))
     assert "mkdir -p" in doctor.check_path_variable("nnUNet_raw").fix
+
+
+def test_a_folder_that_may_not_be_entered_is_a_finding(paths: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", denied)
+    monkeypatch.setattr(Path, "is_dir", denied)
+    monkeypatch.setattr(doctor.os.path, "isdir", lambda path: False)  # what it says of such a folder
+    check = doctor.check_path_variable("nnUNet_results")
+    assert (check.status, "can be entered" in check.found) == ("fail", True)
+    assert doctor.check_disk_space("nnUNet_results").status == "warn"
+    assert [check.status for check in doctor.check_checkpoints()] == ["ok"]
 
 
 def test_read_only_folder_is_an_error_except_for_raw_data(monkeypatch: pytest.MonkeyPatch) -> None:

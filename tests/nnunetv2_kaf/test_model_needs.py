@@ -71,7 +71,7 @@ OURS = Needs(NAME, "nnUNetTrainerKAF", ("nnunetv2_kaf.unet.KAFUNet",))
 THEIRS = Needs("MyTrainer__P__2d", "MyTrainer", ())
 
 
-def test_what_is_there_and_what_lacks() -> None:
+def test_what_is_there_and_what_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Probe({"nnUNetTrainerKAF": {"module": "nnunetv2_kaf.trainer"}, "MyTrainer": {"module": None}})
     ok, fail = doctor.check_models([OURS, THEIRS], here)
     assert (ok.status, fail.status) == ("ok", "fail")
@@ -80,6 +80,12 @@ def test_what_is_there_and_what_lacks() -> None:
     assert "nnUNet_extTrainer" in fail.fix
     missing = doctor.check_models([OURS], Probe({"nnUNetTrainerKAF": {"module": None}}))[0]
     assert missing.fix.startswith("pip install")
+    subclass = Needs("MyKAFTrainer__P__2d", "MyKAFTrainer", OURS.networks)
+    fix = doctor.check_models([subclass], Probe({"MyKAFTrainer": {"module": None}}))[0].fix
+    assert fix.startswith("copy the trainer's file"), "the package is here"
+    monkeypatch.setattr(doctor, "_installed", lambda: False)
+    fix = doctor.check_models([subclass], Probe({"MyKAFTrainer": {"module": None}}))[0].fix
+    assert fix.startswith("pip install nnunetv2-kaf; copy the trainer's file")
     assert doctor.check_models([OURS], Probe(error="torch is broken"))[0].found == "torch is broken"
     broken = doctor.check_models([OURS], Probe({"nnUNetTrainerKAF": {"error": "ImportError: x"}}))[0]
     assert "ImportError: x" in broken.found
@@ -106,3 +112,14 @@ def test_the_probe_is_asked_for_more_trainers() -> None:
     assert probe.error == ""
     assert "nnunetv2" in probe.answer["nnUNetTrainerNoMirroring"]["module"]
     assert probe.answer["MyTrainer"] == {"module": None}
+
+
+def test_trainers_in_a_folder_of_the_users_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nnunetv2.utilities.find_objects", reason="nnunetv2 looks there from 2.8 on")
+    (tmp_path / "mine.py").write_text(
+        "from nnunetv2_kaf.trainer import nnUNetTrainerKAF\n\n\nclass MyKAFTrainer(nnUNetTrainerKAF):\n    pass\n"
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    answer = run_probe(discovery_of(["MyKAFTrainer", "NoSuchTrainer"]), 300).answer
+    assert answer["MyKAFTrainer"] == {"module": "mine"}
+    assert answer["NoSuchTrainer"] == {"module": None}
