@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dice_vs_plain.json")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    check_work(args)
     (args.work / "trainers").mkdir(parents=True, exist_ok=True)
     source = TRAINERS.format(epochs=args.epochs, iterations=args.iterations)
     (args.work / "trainers" / "short_trainers.py").write_text(source)
@@ -106,6 +107,18 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=2) + "\n")
     sys.stdout.write(table(document) + f"\n{args.out}\n")
+
+
+def check_work(args: argparse.Namespace) -> None:
+    """Refuse a work folder of other options, whose finished steps would be taken for those of this run."""
+    options = {key: str(value) for key, value in vars(args).items() if key not in ("work", "arms", "out")}
+    file: Path = args.work / "options.json"
+    known = json.loads(file.read_text()) if file.is_file() else options
+    differ = [f"{key} {known.get(key)} != {value}" for key, value in options.items() if known.get(key) != value]
+    if differ:
+        sys.exit(f"--work {args.work} holds a run with other options ({', '.join(differ)}). Name another folder.")
+    args.work.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(options, indent=2) + "\n")
 
 
 def prepare(args: argparse.Namespace) -> list[str]:

@@ -13,11 +13,12 @@ The same command continues after an interruption: what is finished is not repeat
 checkpoint. A run that fails is reported at the end with its log, the others go on, and the exit code is 1. `--dry-run`
 shows the grid, `--only plain,kaf_all` restricts the arms, `--jobs 2` does two trainings at once.
 
-**Patients.** Drawn once with a seed and written to `splits.json`: a fifth for the test, never used for a choice; some
+**Patients.** Drawn once with a seed and written to `splits.json`: a share for the test, measured once (`seen.py` counts
+those whom earlier studies have used; the patients of studies whose results are removed stay in `removed.json`); some
 for validation; of the others 2, 6, 10 or all are labelled, in several draws, which are the same for all arms and nested
 within a draw. All images of a patient stay together. Pretraining sees the images of all training patients, and neither
-those of the validation nor of the test patients; it keeps a few of its own for its curves. nnU-Net plans on the images
-of training and validation patients.
+those of the validation nor of the test patients; it keeps a few of its own for its curves. nnU-Net plans on training
+and validation patients; for CT it takes the intensities of their labelled voxels.
 
 **Runs** are those of the stock commands: nnUNetv2_plan_and_preprocess, kaf-pretrain, nnUNetv2_train, nnUNetv2_predict
 and nnUNetv2_evaluate_folder. Every number of labelled patients and draw is a fold of `splits_final.json`. All arms have

@@ -15,11 +15,11 @@ from nnunetv2_kaf.errors import KAFError
 from pretraining.config import COMPONENTS
 from pretraining.monitoring.monitor import GLOBAL_LOSSES
 
-from . import figures, in_short, report, targets
+from . import figures, in_short, report, seen, targets
 from .config import ALL, SEMI_TRAINERS, Study
-from .layout import RESULTS, read_json
+from .layout import read_json
 from .targets import PLAIN
-from .told import Told, found, told
+from .told import Found, found, told
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
 README = EVIDENCE.parents[1] / "README.md"
@@ -33,8 +33,17 @@ case of every run. How it was measured, and the command that repeats it: the hea
 
 - Dice and distance are averaged over the classes of a case, the cases of a patient, and the draws; then over patients.
 - Intervals are 95 % bootstrap intervals over patients and draws together: which patients are labelled matters as much
-  as which ones are measured. With one draw they are over patients alone. Differences are paired by draw and patient; p
-  is that of a two-sided Wilcoxon signed-rank test over patients, not corrected for the number of comparisons.
+  as which ones are measured. With one draw they are over patients alone, and with less than five they are too short: so
+  few draws say little about all. A difference is called clear with five draws or more only. Differences are paired by
+  draw and patient; p is that of a two-sided Wilcoxon signed-rank test over patients, not corrected for the number of
+  comparisons.
+- All draws of an arm start from one pretraining: chance in it is in no interval.
+- The test patients of a study are measured once, after its trainings. But a dataset has few patients: most were seen in
+  tests of earlier studies, and some by choices. Each study says how many, and what is left without the latter. Studies
+  whose results have been removed since then count too.
+- Plans, and on CT the intensities by which images are normalised, are made from all patients but those of the test, as
+  nnU-Net does it with a dataset; the intensities are those of labelled voxels, also of the patients that count as
+  unlabelled. This is the same for all arms. With few labelled patients alone it would be less exact.
 - HD95 is the 95 % Hausdorff distance. A class that is missing in the prediction or in the reference alone counts as
   Dice 0 and as the diagonal of the image; one that is missing in both is left out.
 - Training seconds are those of the epochs; pretraining seconds those of the whole command. One pretraining serves all
@@ -103,7 +112,7 @@ def page(out: Path, target: Path) -> str:
     tasks = found(out)
     parts = [TITLE, in_short.sentences(tasks), HEADER]
     for task in tasks:
-        parts.append(section(task.results, task.told, Path(os.path.relpath(task.folder, target.parent))))
+        parts.append(section(task, Path(os.path.relpath(task.folder, target.parent))))
     parts += filter(None, [attention_page.summary(out.parent)])
     parts += [f"## {name}\n\nNot measured yet. {told(name).comment}\n" for name in _unmeasured(out)]
     return "\n".join(parts)
@@ -115,8 +124,14 @@ def _unmeasured(out: Path) -> list[str]:
     return sorted(name for name in names if not any((out / name).glob("*/runs/*/*.json")))
 
 
-def section(results: report.Results, study: Told, folder: Path) -> str:
-    """Describe one task: what was run, the table, the targets, the figures."""
+def section(task: Found, folder: Path) -> str:
+    """Describe one task: what was run, the table, the targets, the figures.
+
+    Args:
+        task: The task.
+        folder: Of its results, relative to the page.
+    """
+    results, study = task.results, task.told
     first = results.runs[0]
     setting, cells = first["setting"], results.cells()
     if results.baseline == PLAIN:
@@ -132,7 +147,7 @@ def section(results: report.Results, study: Told, folder: Path) -> str:
                 "",
                 *([study.conclusion, ""] if study.conclusion else []),
             ]
-            tables += [f"Choices were made on other patients: [validation.md]({folder.as_posix()}/validation.md).", ""]
+            tables += [f"Validation patients: [validation.md]({folder.as_posix()}/validation.md).", ""]
         links = [
             f"![{title}]({folder.as_posix()}/{results.on}_{metric}.png)"
             for metric, (title, _, _) in report.METRICS.items()
@@ -146,10 +161,11 @@ def section(results: report.Results, study: Told, folder: Path) -> str:
             "",
             *([study.comment, ""] if study.comment else []),
             _who(results),
-            _what(setting, results.runs),
+            *_before(task),
+            f"{_what(setting, results.runs)}; {_commits(task)}.",
             "",
             *tables,
-            curves(RESULTS / results.study / results.task),
+            curves(task.folder),
         ]
     )
 
@@ -190,6 +206,38 @@ def _who(results: report.Results) -> str:
     return " ".join([kind, *(f'"{ALL}" are {number} labelled patients.' for number in everybody)])
 
 
+def _before(task: Found) -> list[str]:
+    """What the test patients were used for besides this table."""
+    opened = read_json(task.folder / "test_opened.json")
+    if task.results.on != "test" or opened is None:
+        return []
+    shown = {run["arm"] for run in task.results.runs}
+    left_out = sorted({name.rsplit("_M", 1)[0] for name in opened["runs"]} - shown)
+    names = ", ".join(f"`{name}`" for name in left_out)
+    also = [f"Measured on them as well, and left out afterwards: {names} (in the history of the repository)."]
+    return [*(also if left_out else []), seen.sentences(task.folder.parents[1], task.results, opened["when"])]
+
+
+def _commits(task: Found) -> str:
+    """Which versions of the code the trainings are of, and the measurement."""
+    results = task.results
+    trained = report.load(task.folder, "validation") or results
+    shown = {run["arm"] for run in results.runs}
+    arms: dict[str, set[str]] = {}
+    for run in trained.runs:
+        if run["arm"] in shown:
+            arms.setdefault(_short(run["commit"]), set()).add(run["arm"])
+    words = [f"{commit} ({', '.join(f'`{arm}`' for arm in sorted(names))})" for commit, names in arms.items()]
+    code = ", ".join(words if len(words) > 1 else arms)
+    measured = sorted({_short(run["commit"]) for run in results.runs})
+    return f"code of {code}" + (f", measured with {', '.join(measured)}" if measured != list(arms) else "")
+
+
+def _short(commit: str) -> str:
+    name, _, changed = commit.partition("-")
+    return name[:10] + (" with changes that are not in it" if changed else "")
+
+
 def _what(setting: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
     task = setting["task"]
     smaller = f", images averaged over {task['downsample']} x {task['downsample']} voxels" * (task["downsample"] > 1)
@@ -199,13 +247,12 @@ def _what(setting: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
     packages = ("torch", "nnunetv2", "nnunetv2-kaf")
     versions = sorted({", ".join(f"{name} {run['versions'].get(name)}" for name in packages) for run in runs})
     iterations = setting["epochs"] * setting["iterations"]
-    commits = sorted({run["commit"] for run in runs})
     lengths = sorted({run["cost"]["pretraining_iterations"] for run in runs} - {0})
     pretraining = f", pretraining of {' or '.join(map(str, lengths))} iterations" if lengths else ""
     return (
         f"{task['data']}, `{task['configuration']}`{smaller}; {iterations} iterations with "
         f"{batch}{pretraining}, last checkpoint{mirrored}; {len(runs)} trainings. {'; '.join(machines)}; "
-        f"{'; '.join(versions)}; commit {', '.join(commits)}."
+        f"{'; '.join(versions)}"
     )
 
 

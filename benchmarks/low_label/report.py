@@ -17,6 +17,8 @@ from .config import ALL
 from .layout import read_json
 
 SEED = 0
+ENOUGH_DRAWS = 5
+"""The bootstrap interval of fewer draws is too short."""
 METRICS = {"dice": ("Dice", "{:.4f}", "{:+.4f}"), "hd95": ("HD95 (mm)", "{:.2f}", "{:+.2f}")}
 
 
@@ -42,6 +44,12 @@ class Cell:
     spread: Mapping[str, tuple[float, float]]
     differences: Mapping[str, stats.Difference]
     cost: Mapping[str, float | None]
+
+    @property
+    def clear(self) -> bool:
+        """Whether the Dice differs clearly from the baseline's: by its interval, of enough draws."""
+        mean = self.differences["dice"].mean
+        return self.draws >= ENOUGH_DRAWS and (mean.low > 0 or mean.high < 0)
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ def summary(tasks: Mapping[str, Sequence[Cell]], arms: Sequence[str]) -> str:
 
     Args:
         tasks: Cells of each task, by its name.
-        arms: Columns, the baseline first; the others with their difference to it, bold if its interval is without 0.
+        arms: Columns, the baseline first; the others with their difference to it, bold if it is clear.
             Columns and lines without any comparison are left out.
     """
     _, plain, signed = METRICS["dice"]
@@ -172,8 +180,7 @@ def summary(tasks: Mapping[str, Sequence[Cell]], arms: Sequence[str]) -> str:
                 if "dice" in cell.differences:
                     mean = cell.differences["dice"].mean
                     difference = signed.format(mean.value)
-                    clear = mean.low > 0 or mean.high < 0
-                    texts[arm] += f" (**{difference}**)" if clear else f" ({difference})"
+                    texts[arm] += f" (**{difference}**)" if cell.clear else f" ({difference})"
             if arms[0] in texts and len(texts) > 1:
                 lines.append(([name, str(labelled)], texts))
     shown = [arm for arm in arms if any(arm in texts for _, texts in lines)]

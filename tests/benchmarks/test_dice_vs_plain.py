@@ -1,3 +1,4 @@
+import argparse
 import json
 from pathlib import Path
 
@@ -18,6 +19,16 @@ def test_difference_is_paired_by_case() -> None:
     assert difference["mean"] == pytest.approx(0.05)
     assert difference["interval_95"] == [0.0, 0.1]
     assert dice_vs_plain.differences({"kaf_scratch": results["kaf_scratch"]}, seed=0) == {}
+
+
+def test_a_work_folder_of_other_options_is_refused(tmp_path: Path) -> None:
+    def options(seed: int) -> argparse.Namespace:
+        return argparse.Namespace(work=tmp_path / "work", arms=["plain"], out=tmp_path / "out.json", seed=seed)
+
+    dice_vs_plain.check_work(options(0))
+    dice_vs_plain.check_work(options(0))
+    with pytest.raises(SystemExit, match=r"other options \(seed 0 != 1\)"):
+        dice_vs_plain.check_work(options(1))
 
 
 def test_interval_is_that_of_the_mean() -> None:

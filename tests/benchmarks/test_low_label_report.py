@@ -152,17 +152,17 @@ def test_a_conclusion_stands_below_test_results_only(results: Path) -> None:
     write(results, document("plain", 2, 0, BASE, on="test"))
     study = replace(told.told("smoke"), conclusion="What it shows.")
     for on in ("validation", "test"):
-        found = report.load(results / "cpu" / "heart", on)
+        folder = results / "cpu" / "heart"
+        found = report.load(folder, on)
         assert found is not None
-        assert ("What it shows." in evidence.section(found, study, Path())) is (on == "test")
+        assert ("What it shows." in evidence.section(told.Found(folder, study, found), Path())) is (on == "test")
 
 
 def test_pretrainings_are_compared_with_pretrainings_alone(tmp_path: Path) -> None:
     for arm, gain in (("plain", 0.0), ("kaf_all", 0.2), ("kaf_all_2", 0.1), ("kaf_semi", 0.4)):
         write(tmp_path, document(arm, 2, 0, [d + gain for d in BASE], on="test"))
-    found = report.load(tmp_path / "cpu" / "heart", "test")
-    assert found is not None
-    text = evidence.section(found, told.told("smoke"), Path())
+    (task,) = told.found(tmp_path)
+    text = evidence.section(task, Path())
     assert "above every other pretrained arm, 2 labelled | +0.1000 to the best of them, `kaf_all_2` | yes |" in text
 
 
@@ -252,8 +252,8 @@ def test_the_readme_has_the_results_of_all_studies(tmp_path: Path) -> None:
 def test_the_readme_shows_what_is_compared_only(tmp_path: Path) -> None:
     write(
         tmp_path,
-        document("plain", 2, 0, BASE),
-        document("kaf", 2, 0, [d + 0.3 for d in BASE]),
+        *(document("plain", 2, k, BASE) for k in range(5)),
+        *(document("kaf", 2, k, [d + 0.3 for d in BASE]) for k in range(5)),
         document("semi", 2, 0, [d + e for d, e in zip(BASE, (0.1, -0.1, 0.1, -0.1, 0.1), strict=True)]),
         document("plain", "all", 0, BASE),
     )
@@ -262,6 +262,30 @@ def test_the_readme_shows_what_is_compared_only(tmp_path: Path) -> None:
     lines = report.summary({"Heart": found.cells()}, ["plain", "semi", "kaf_semi", "kaf"]).splitlines()
     assert lines[0] == "| data | labelled patients | `plain` | `semi` | `kaf` |"
     assert lines[2:] == ["| Heart | 2 | 0.3000 | 0.3200 (+0.0200) | 0.6000 (**+0.3000**) |"]
+
+
+def test_only_differences_of_enough_draws_are_clear(tmp_path: Path) -> None:
+    for study, draws in (("few", 3), ("enough", 5)):
+        arms = (("plain", BASE), ("semi", [d + 0.1 for d in BASE]))
+        write(tmp_path, *(document(arm, 2, k, dice, study=study) for arm, dice in arms for k in range(draws)))
+    enough, few = in_short.table(told.found(tmp_path)).splitlines()[2:]
+    assert ("(**+0.1000**)" in enough, "(+0.1000)" in few) == (True, True)
+    head = in_short.sentences(told.found(tmp_path)).removeprefix(in_short.IN_SHORT)
+    assert head.count("3 draws, too few to be sure") == 1
+
+
+def test_the_readme_is_about_few_labels(tmp_path: Path) -> None:
+    write(tmp_path, *(document(arm, "all", 0, BASE) for arm in ("plain", "semi")))
+    assert len(in_short.table(told.found(tmp_path)).splitlines()) == 2
+
+
+def test_the_page_names_the_code_of_the_trainings(tmp_path: Path) -> None:
+    for on, commits in (("validation", ("a" * 40, "b" * 40 + "-dirty")), ("test", ("c" * 40, "c" * 40))):
+        arms = zip(("plain", "semi"), commits, strict=True)
+        write(tmp_path, *(document(arm, 2, 0, BASE, on=on, commit=commit) for arm, commit in arms))
+    page = evidence.page(tmp_path, tmp_path / "page.md")
+    changed = f"{'b' * 10} with changes that are not in it"
+    assert f"code of {'a' * 10} (`plain`), {changed} (`semi`), measured with {'c' * 10}." in page
 
 
 def test_the_readme_prefers_test_patients(tmp_path: Path) -> None:
@@ -286,7 +310,8 @@ def test_the_page_begins_with_sentences_whose_numbers_are_those_of_the_table(tmp
         document("semi", 2, 0, [d + 0.1 for d in BASE]),
         document("kaf_all", 2, 0, [0.31] * 5),
     )
-    (line,) = [line for line in in_short.sentences(told.found(tmp_path)).splitlines() if line.startswith("- ")]
+    found = in_short.sentences(told.found(tmp_path)).removeprefix(in_short.IN_SHORT)
+    (line,) = [line for line in found.splitlines() if line.startswith("- ")]
     once = "one training of each (chance in it is not part of the intervals)"
     assert line.startswith(f"- 2 labelled patients, {once}: plain nnU-Net 0.300; with unlabelled scans")
     assert "+0.100 (+0.100 to +0.100); KAF, pretrained +0.010 (" in line
@@ -307,7 +332,7 @@ def test_readme_and_head_leave_out_an_earlier_form_of_a_trainer(tmp_path: Path) 
     _, _, *lines = in_short.table(told.found(tmp_path)).splitlines()
     assert ["(`acdc_cpu`)" in line for line in lines] == [True, False]  # of acdc_semi nothing of today is left
     assert [line.count("+0.0000") for line in lines] == [1, 2]
-    head = in_short.sentences(told.found(tmp_path))
+    head = in_short.sentences(told.found(tmp_path)).removeprefix(in_short.IN_SHORT)
     assert "acdc_semi" not in head
     earlier, today = (line for line in head.splitlines() if line[:2] == "- ")
     assert ("nnUNetTrainerSemi" in earlier, "nnUNetTrainerSemi" in today) == (False, True)
