@@ -45,18 +45,7 @@ def test_the_pairs_are_of_the_patients_that_the_run_held_out(
     tiny: Any, fast: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.add_cases(5)
-    resampling = {"order": 3, "order_z": 0, "force_separate_z": None}
-    for configuration in tiny.plans["configurations"].values():
-        configuration["preprocessor_name"] = "DefaultPreprocessor"
-        for kind in ("data", "seg"):
-            configuration[f"resampling_fn_{kind}"] = "resample_data_or_seg_to_shape"
-            configuration[f"resampling_fn_{kind}_kwargs"] = {**resampling, "is_seg": kind == "seg"}
-    tiny.plans |= {
-        "foreground_intensity_properties_per_channel": {"0": {}},
-        "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": [0, 1, 2],
-    }
-    tiny.write_plans()
+    tiny.preprocess_raw_images()
     (tmp_path / "more").mkdir()
     for i in range(6):
         volume = sitk.GetImageFromArray(np.random.default_rng(i).normal(size=(10, 28, 20)).astype(np.float32))

@@ -87,6 +87,18 @@ class TinyDataset:
         description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
         (self.folder / "dataset.json").write_text(json.dumps(description))
 
+    def preprocess_raw_images(self) -> None:
+        """Give the plans what nnU-Net needs to preprocess images of folders and further datasets."""
+        resampling = {"order": 3, "order_z": 0, "force_separate_z": None}
+        for configuration in self.plans["configurations"].values():
+            configuration["preprocessor_name"] = "DefaultPreprocessor"
+            for kind in ("data", "seg"):
+                configuration[f"resampling_fn_{kind}"] = "resample_data_or_seg_to_shape"
+                configuration[f"resampling_fn_{kind}_kwargs"] = {**resampling, "is_seg": kind == "seg"}
+        self.plans["foreground_intensity_properties_per_channel"] = {"0": {}}
+        self.plans |= {"image_reader_writer": "SimpleITKIO", "transpose_forward": [0, 1, 2]}
+        self.write_plans()
+
     def write_plans(self) -> None:
         (self.folder / "nnUNetPlans.json").write_text(json.dumps(self.plans))
 

@@ -63,14 +63,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def command(tiny: Any, fast: list[str]) -> Callable[..., list[str]]:
     """Build a command line of a short run; the plans can preprocess and have small keypoint layers."""
-    resampling = {"order": 3, "order_z": 0, "force_separate_z": None}
-    for configuration in tiny.plans["configurations"].values():
-        configuration["preprocessor_name"] = "DefaultPreprocessor"
-        for kind in ("data", "seg"):
-            configuration[f"resampling_fn_{kind}"] = "resample_data_or_seg_to_shape"
-            configuration[f"resampling_fn_{kind}_kwargs"] = {**resampling, "is_seg": kind == "seg"}
-    tiny.plans["foreground_intensity_properties_per_channel"] = {"0": {}}
-    tiny.plans |= {"image_reader_writer": "SimpleITKIO", "transpose_forward": [0, 1, 2], "plans_name": "SmallPlans"}
+    tiny.preprocess_raw_images()
+    tiny.plans["plans_name"] = "SmallPlans"
     small = kaf_plans(tiny.plans, KAFConfig(num_keypoints=32, token_dim=16, num_blocks=1))
     (tiny.folder / "SmallPlans.json").write_text(json.dumps(small))
 
