@@ -41,7 +41,8 @@ The short answer, from short trainings of small networks:
   nnU-Net alone does better, and the gain is smaller.
 - Unlabelled scans double the time of a training. On CT, nnU-Net alone with twice the steps gained as much in short
   trainings, and less than one point of Dice in longer ones, in which the gain of unlabelled scans stayed
-  (`openkbp_semi_twice`, `openkbp_long_twice`: two draws on validation patients each).
+  (`openkbp_semi_twice`, `openkbp_long_twice`: two draws on validation patients each). Mistakes far away (HD95) became
+  no fewer there.
 - Pretraining alone gained little or nothing.
 """
 
