@@ -41,8 +41,9 @@ def log_lines(record: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     lines = [
         f"KAF: labelled loss {record['labelled_loss']:.4f}, unlabelled loss {record['unlabelled_loss']:.4f} with "
         f"weight {record['weight']:.3f}; teacher sure of {100 * record['sure']:.1f} % of the voxels, "
-        f"{100 * record['islands']:.1f} % of its structures taken out as islands, its Dice on labelled training "
-        f"patches {record['known']:.3f}, agreement with the network {record['agreement']:.3f}"
+        f"{100 * record['excess']:.1f} % of its structures taken out as excess and "
+        f"{100 * record['islands']:.1f} % as islands, its Dice on labelled training patches {record['known']:.3f}, "
+        f"agreement with the network {record['agreement']:.3f}"
         + (f"; not in its labels: {', '.join(lacking)}" if lacking else "")
     ]
     for reason in record["collapse"]:
@@ -66,8 +67,10 @@ def write_history(folder: Path, classes: Sequence[str], records: Sequence[Mappin
         plot_history(records, classes, folder / PLOT_FILE)
 
 
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with null for what is no number, as JSON has no other word for it."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
+def _finite(value: Any) -> Any:
+    """A record with null for what is no finite number, as JSON has no other word for it."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

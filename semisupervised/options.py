@@ -15,6 +15,7 @@ _NUMBERS: dict[str, tuple[float, float, str]] = {
     "unlabelled_ramp": (0, 1, "a share of the training, from 0 to 1"),
     "unlabelled_share": (1e-6, 1e6, "a number above 0, at most 1e6"),
     "cutmix_probability": (0, 1, "a probability, from 0 to 1"),
+    "excess_limit": (1, math.inf, "a number of at least 1, or math.inf for no limit"),
 }
 """Lowest and highest value, and both in words."""
 

@@ -1,4 +1,4 @@
-"""How sure the teacher has to be of a voxel before the network learns its label: class by class."""
+"""Which of the teacher's labels the network learns, by how sure the teacher is of them: class by class."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ LOWEST, STEP, BINS = -6.0, 0.1, 220
 class Thresholds:
     """The smallest probability of a label that is learned, for every class; set anew after every epoch.
 
+    Of a structure that the teacher gives to more voxels than it may, the least sure ones are excess: they are taught as
+    background. With few labelled cases the teacher takes places that these do not show, like the chest beside labelled
+    heads, for structures. The network learns that and teaches more of it in the next epoch, so that a structure may
+    grow tenfold, while the teacher is sure of it and right in the labelled patches.
+
     That of a structure is `usual`, unless fewer than half of the voxels that the teacher gave to it in the last epoch
     reach that; then it is as low as half of them need. That of the background is at least `usual`, and as high as it
     takes to leave out the least sure 5 % of it.
@@ -42,13 +47,16 @@ class Thresholds:
 
     Attributes:
         values: (C,) of the classes; (2 R,) of absence and presence of the first region, of the second, and so on.
+        excess: Below this probability a label of a structure is excess; as `values`, 0 where there is none.
     """
 
     def __init__(self, usual: float, outputs: int, regions: bool, device: torch.device) -> None:
         self.usual, self.regions = usual, regions
         labels = 2 * outputs if regions else outputs
         self.values = torch.full((labels,), usual, device=device)
+        self.excess = torch.zeros(labels, device=device)
         self._counts = torch.zeros(labels, BINS, device=device)
+        self._removed = torch.zeros((), device=device)
         self._background = torch.zeros(labels, dtype=torch.bool, device=device)
         self._background[slice(0, None, 2) if regions else 0] = True
 
@@ -69,12 +77,24 @@ class Thresholds:
         counts = torch.zeros(self._counts.numel(), dtype=torch.int32, device=place.device)
         counts.scatter_add_(0, place.flatten(), torch.ones_like(place, dtype=torch.int32).flatten())
         self._counts += counts.view_as(self._counts)
-        return PseudoLabels(target, probability >= self.values[which])
+        excess = probability < self.excess[which]
+        self._removed += excess.sum()
+        return PseudoLabels(target.masked_fill(excess, 0), (probability >= self.values[which]) | excess)
 
-    def next_epoch(self, ddp: bool) -> None:
-        """Set the thresholds by what was counted, over all processes; a label that was not given keeps its own."""
+    def next_epoch(self, ddp: bool, most: Tensor) -> float:
+        """Set the thresholds by what was counted, over all processes; a label that was not given keeps its own.
+
+        Args:
+            ddp: Whether there are several processes.
+            most: Largest share of the voxels that the teacher may give to each structure, which is no excess.
+
+        Returns:
+            Share of the excess in the voxels that the teacher gave to structures in this epoch.
+        """
         if ddp:
             dist.all_reduce(self._counts)
+            dist.all_reduce(self._removed)
+        structures = ~self._background
         at_least = self._counts.flip(1).cumsum(1).flip(1)
         given = at_least[:, 0]
         # from which bin on at least half of the voxels lie, and from which on at most nearly all
@@ -83,12 +103,20 @@ class Thresholds:
         found = torch.sigmoid(LOWEST + STEP * torch.where(self._background, nearly_all, half))
         found = torch.where(self._background, found.clamp_min(self.usual), found.clamp_max(self.usual))
         self.values = torch.where(given > 0, found, self.values)
-        self._counts = torch.zeros_like(self._counts)
+        # the surest ones always stay, however many they are
+        voxels = given.sum() / (len(most) if self.regions else 1)  # every region has labels of its own
+        allowed = torch.full_like(given, torch.inf).masked_scatter(structures, (most * voxels).to(given))
+        beyond = (at_least > allowed[:, None]).sum(1).clamp_max(BINS - 1)
+        self.excess = torch.where(beyond > 0, torch.sigmoid(LOWEST + STEP * beyond), torch.zeros_like(self.excess))
+        removed = float(self._removed / given[structures].sum().clamp_min(1))
+        self._counts, self._removed = torch.zeros_like(self._counts), torch.zeros_like(self._removed)
+        return removed
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued training needs, after an epoch; primitives."""
-        return {"values": self.values.tolist()}
+        return {"values": self.values.tolist(), "excess": self.excess.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state saved by `state_dict`."""
         self.values = torch.tensor(state["values"], device=self.values.device)
+        self.excess = torch.tensor(state["excess"], device=self.excess.device)

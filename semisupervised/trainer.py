@@ -21,6 +21,7 @@ from nnunetv2_kaf.errors import KAFError
 from nnunetv2_kaf.precision import autocast
 from nnunetv2_kaf.schedule import schedule_variant
 from nnunetv2_kaf.trainer import nnUNetTrainerKAF, unwrapped
+from semisupervised.amounts import Amounts
 from semisupervised.guard import EpochSums, Guard
 from semisupervised.history import foreground_names, log_lines, write_history
 from semisupervised.islands import Islands
@@ -37,7 +38,7 @@ from semisupervised.unlabelled import Unlabelled
 STATE = "semisupervised"
 """Key of the teacher and the like in the optimiser's state of a checkpoint."""
 # what `_add_state` writes there
-_ENTRIES = ("teacher", "seed", "guard", "thresholds", "islands", "history", "unlabelled")
+_ENTRIES = ("teacher", "seed", "guard", "thresholds", "amounts", "islands", "history", "unlabelled")
 
 
 class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
@@ -66,6 +67,9 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             the labelled training patches of the epoch before. The labelled loss has 1.
         unlabelled_ramp: Share of the training's steps over which the weight grows from 0.7 % to 100 % of that.
         unlabelled_share: Unlabelled patches per labelled patch.
+        excess_limit: How many times the share that a structure has in the patches of the labelled case with the most of
+            it the teacher may give to the structure; the least sure voxels beyond are taught as background, see
+            `semisupervised.thresholds`. `math.inf` for no limit.
         remove_islands: Whether the network learns of a structure that is one piece in the labelled patches the largest
             piece alone, see `semisupervised.islands`.
         cutmix_probability: Probability of a CutMix box in a patch.
@@ -79,6 +83,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     unlabelled_weight: float = 1.0
     unlabelled_ramp: float = 0.2
     unlabelled_share: float = 1.0
+    excess_limit: float = 1.5
     remove_islands: bool = True
     cutmix_probability: float = 0.5
     strong_augmentation: StrongAugmentation = StrongAugmentation()
@@ -138,6 +143,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             "seed": self.semi_seed,
             "guard": self._guard.state_dict(),
             "thresholds": self._thresholds.state_dict(),
+            "amounts": self._amounts.state_dict(),
             "islands": self._islands.state_dict(),
             "history": self.semi_history,
             "unlabelled": self._unlabelled.state_dict(),
@@ -175,6 +181,10 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         else:
             self._unlabelled = self._find_unlabelled()
         super().on_train_start()
+        labelled = self._labelled_loader._data.identifiers
+        self._amounts = Amounts(len(self._guard.names), self._regions, labelled, self.device)
+        if restored is not None:
+            self._amounts.load_state_dict(restored["amounts"])
         self._announce(self._unlabelled)
         self._teacher = Teacher(unwrapped(self.network), self.teacher_decay, self._do_i_compile())
         if restored is not None:
@@ -214,6 +224,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             reference = (target[0] if isinstance(target, (list, tuple)) else target).to(self.device)
             self._sums.add_labelled(check, self._hard_labels(twice.output), reference)
             self._islands.learn(reference)
+            self._amounts.learn(reference, batch["keys"])
         self._step += 1
         return out
 
@@ -252,8 +263,10 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         record = {"epoch": self.current_epoch, "weight": self.current_weight(), **self._sums.finish(self.is_ddp)}
         learned = self.current_epoch + 1 > self.unlabelled_ramp * self.num_epochs
         reasons = self._guard.judge(record["shares"], record["known"], record["agreements"], learned)
-        self._thresholds.next_epoch(self.is_ddp)
+        most = self.excess_limit * self._amounts.next_epoch(self.is_ddp)
         record |= {
+            "limits": most.tolist(),
+            "excess": self._thresholds.next_epoch(self.is_ddp, most),
             "thresholds": self._thresholds.values.tolist(),
             "islands": self._islands.next_epoch(self.is_ddp),
             "one_piece": self._islands.one_piece.tolist(),

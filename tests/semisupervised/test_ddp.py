@@ -48,7 +48,7 @@ def labelled(step: int, dims: int, classes: int, scales: list[list[float]]) -> d
     return {
         "data": torch.randn(BATCH, 1, *shape, generator=generator),
         "target": targets,
-        "keys": [f"case{i}" for i in range(BATCH)],
+        "keys": [f"p{i % 2}" for i in range(BATCH)],
     }
 
 
@@ -77,8 +77,10 @@ def train(folder: Path, configuration: str, batch_dice: bool, rank: int, ranks: 
         trainer.train_step(part)
     network = getattr(trainer.network, "module", trainer.network)
     record = trainer._sums.finish(trainer.is_ddp)
-    trainer._thresholds.next_epoch(trainer.is_ddp)
-    record["thresholds"] = trainer._thresholds.values.tolist()
+    most = trainer._amounts.next_epoch(trainer.is_ddp)
+    record["amounts"] = trainer._amounts.state_dict()
+    record["excess"] = trainer._thresholds.next_epoch(trainer.is_ddp, most)
+    record["thresholds"] = trainer._thresholds.state_dict()
     record["islands"] = trainer._islands.next_epoch(trainer.is_ddp)
     record["pieces"] = trainer._islands.state_dict()
     return {"network": network.state_dict(), "teacher": trainer._teacher.state_dict(), "record": record}
@@ -125,12 +127,16 @@ def test_two_processes_equal_one(dims, batch_dice, make_dataset, tmp_path):
                 torch.testing.assert_close(result[key][name], tensor, atol=2e-5, rtol=1e-4, msg=f"{rank} {key} {name}")
         assert result["record"]["sure"] == pytest.approx(alone["record"]["sure"], abs=1e-4)
         assert result["record"]["shares"] == pytest.approx(alone["record"]["shares"], abs=1e-4)
-        assert result["record"]["thresholds"] == pytest.approx(alone["record"]["thresholds"], abs=1e-5)
+        for key in ("values", "excess"):
+            assert result["record"]["thresholds"][key] == pytest.approx(alone["record"]["thresholds"][key], abs=1e-5)
+        assert result["record"]["amounts"] == alone["record"]["amounts"]
         assert result["record"]["islands"] == pytest.approx(alone["record"]["islands"], abs=1e-3)
         assert result["record"]["pieces"] == alone["record"]["pieces"]
         for key in ("agreement", "known"):
             assert result["record"][key] == pytest.approx(alone["record"][key], abs=1e-3)
-    assert len({round(value, 4) for value in alone["record"]["thresholds"]}) > 1
+    assert len({round(value, 4) for value in alone["record"]["thresholds"]["values"]}) > 1
+    assert max(alone["record"]["thresholds"]["excess"]) > 0
+    assert min(voxels[0] for voxels in alone["record"]["amounts"]["voxels"]) > 0
     assert alone["record"]["islands"] > 0
     assert sum(alone["record"]["pieces"]["labelled"][0]) > 0
     assert alone["record"]["sure"] > 0.1, "the comparison must include unlabelled voxels"

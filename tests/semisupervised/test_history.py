@@ -9,7 +9,8 @@ from semisupervised.history import foreground_names, log_lines, write_history
 def record(**changes):
     values = {
         "epoch": 3, "weight": 0.5, "sure": 0.25, "shares": [0.1, 0.0], "agreements": [0.9, None], "agreement": 0.9,
-        "known": 0.625, "labelled_loss": 0.75, "unlabelled_loss": 0.5, "islands": 0.125, "guard": 0.5, "collapse": [],
+        "known": 0.625, "labelled_loss": 0.75, "unlabelled_loss": 0.5, "islands": 0.125, "excess": 0.375,
+        "limits": [0.25, None], "guard": 0.5, "collapse": [],
     }  # fmt: skip
     return {**values, **changes}
 
@@ -24,8 +25,8 @@ def test_classes_have_the_names_of_the_dataset_in_the_order_of_the_outputs():
 def test_an_epoch_in_words():
     assert log_lines(record(shares=[0.1, 0.2]), ["left", "right"]) == [
         "KAF: labelled loss 0.7500, unlabelled loss 0.5000 with weight 0.500; teacher sure of 25.0 % of the voxels, "
-        "12.5 % of its structures taken out as islands, its Dice on labelled training patches 0.625, agreement with "
-        "the network 0.900"
+        "37.5 % of its structures taken out as excess and 12.5 % as islands, its Dice on labelled training patches "
+        "0.625, agreement with the network 0.900"
     ]
     lines = log_lines(record(collapse=["class 2 vanishes", "they agree less"]), ["left", "right"])
     assert lines[0].endswith("agreement with the network 0.900; not in its labels: right")
@@ -45,11 +46,17 @@ def test_the_file_holds_all_epochs_and_the_curves_are_drawn_when_asked_for(draw,
 
 
 def test_what_is_no_number_becomes_null(tmp_path):
-    write_history(tmp_path, ["1"], [record(labelled_loss=float("nan"), unlabelled_loss=float("inf"))], draw=True)
+    write_history(
+        tmp_path,
+        ["1"],
+        [record(labelled_loss=float("nan"), unlabelled_loss=float("inf"), limits=[0.25, float("inf")])],
+        draw=True,
+    )
     text = (tmp_path / "semi_training.json").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
     epoch = json.loads(text)["epochs"][0]
     assert epoch["labelled_loss"] is None
     assert epoch["unlabelled_loss"] is None
+    assert epoch["limits"] == [0.25, None]
     assert epoch["sure"] == 0.25

@@ -4,6 +4,7 @@ import torch
 from semisupervised.thresholds import Thresholds
 
 CPU = torch.device("cpu")
+NO_LIMIT = torch.full((8,), torch.inf)
 
 
 def classes(*probabilities: list[float]) -> torch.Tensor:
@@ -28,7 +29,7 @@ def test_half_of_the_voxels_of_a_structure_are_learned_after_an_epoch():
     hard = [[0.1, 0.805, 0.095], [0.1, 0.705, 0.195], [0.2, 0.605, 0.195], [0.2, 0.505, 0.295]]
     output = classes(*easy, *hard)
     assert thresholds.label(output).sure[0, 0, :, 0].tolist() == [True, True, False, False, False, False, False]
-    thresholds.next_epoch(ddp=False)
+    thresholds.next_epoch(ddp=False, most=NO_LIMIT)
     assert thresholds.label(output).sure[0, 0, :, 0].tolist() == [True, True, False, True, True, False, False]
     assert thresholds.values.tolist()[1] == pytest.approx(0.7, abs=0.02)
     assert thresholds.values.tolist()[2] == pytest.approx(0.9), "a class that was not given keeps its own"
@@ -39,11 +40,11 @@ def test_the_least_sure_background_is_left_out():
     thresholds = Thresholds(0.9, 2, False, CPU)
     output = classes(*[sure] * 95, *[less] * 5)
     assert thresholds.label(output).sure.all()
-    thresholds.next_epoch(ddp=False)
+    thresholds.next_epoch(ddp=False, most=NO_LIMIT)
     assert thresholds.label(output).sure[0, 0, :, 0].tolist() == [True] * 95 + [False] * 5
     unsure = Thresholds(0.9, 2, False, CPU)
     unsure.label(classes(*[[0.6, 0.4]] * 9, sure))
-    unsure.next_epoch(ddp=False)
+    unsure.next_epoch(ddp=False, most=NO_LIMIT)
     assert unsure.values.tolist()[0] >= 0.8999, "never below the usual threshold"
 
 
@@ -51,7 +52,7 @@ def test_every_epoch_counts_for_itself():
     thresholds = Thresholds(0.9, 2, False, CPU)
     for probability, expected in ((0.605, 0.6), (0.805, 0.8), (0.975, 0.9)):
         thresholds.label(classes([1 - probability, probability]))
-        thresholds.next_epoch(ddp=False)
+        thresholds.next_epoch(ddp=False, most=NO_LIMIT)
         assert thresholds.values.tolist() == pytest.approx([0.9, expected], abs=0.02)
 
 
@@ -61,7 +62,7 @@ def test_presence_and_absence_of_every_region_have_thresholds_of_their_own():
     first = thresholds.label(output)
     assert first.target[0, :, :, 0].tolist() == [[1, 0, 0], [1, 1, 0]]
     assert first.sure[0, :, :, 0].tolist() == [[False, True, False], [True, False, False]]
-    thresholds.next_epoch(ddp=False)
+    thresholds.next_epoch(ddp=False, most=NO_LIMIT)
     values = thresholds.values.tolist()
     assert values[1::2] == pytest.approx([0.7, 0.9], abs=0.02)
     assert min(values[0::2]) >= 0.8999
@@ -72,7 +73,7 @@ def test_probabilities_of_0_and_1_are_counted():
     thresholds = Thresholds(0.9, 2, False, CPU)
     output = torch.tensor([100.0, -100.0]).view(1, 2, 1, 1)
     thresholds.label(output)
-    thresholds.next_epoch(ddp=False)
+    thresholds.next_epoch(ddp=False, most=NO_LIMIT)
     assert thresholds.label(output).sure.all(), "the surest background is always learned"
 
 
@@ -82,7 +83,7 @@ def test_the_share_that_is_learned_of_many_voxels(regions):
     for usual, background in ((0.99, False), (0.01, True)):
         thresholds = Thresholds(usual, 4, regions, CPU)
         thresholds.label(output)
-        thresholds.next_epoch(ddp=False)
+        thresholds.next_epoch(ddp=False, most=NO_LIMIT)
         target, sure = thresholds.label(output)
         for i in range(4):
             label = int(not background) if regions else i
@@ -97,7 +98,62 @@ def test_the_share_that_is_learned_of_many_voxels(regions):
 def test_a_saved_state_goes_on_exactly():
     thresholds, again = Thresholds(0.95, 3, False, CPU), Thresholds(0.95, 3, False, CPU)
     thresholds.label(torch.randn(2, 3, 5, 6, 7, generator=torch.Generator().manual_seed(0)))
-    thresholds.next_epoch(ddp=False)
+    thresholds.next_epoch(ddp=False, most=torch.tensor([0.1, 0.2]))
     again.load_state_dict(thresholds.state_dict())
     assert torch.equal(again.values, thresholds.values)
+    assert torch.equal(again.excess, thresholds.excess)
+    assert thresholds.excess[1:].gt(0).all()
     assert not torch.equal(again.values, Thresholds(0.95, 3, False, CPU).values)
+
+
+def test_the_least_sure_voxels_beyond_the_limit_are_taught_as_background():
+    thresholds = Thresholds(0.9, 2, False, CPU)
+    output = classes(*[[0.96, 0.04]] * 60, *[[0.305, 0.695]] * 10, *[[0.055, 0.945]] * 20, *[[0.005, 0.995]] * 10)
+    first = thresholds.label(output)
+    assert first.target.sum() == 40
+    assert thresholds.next_epoch(ddp=False, most=torch.tensor([0.1])) == 0, "of the epoch that has ended"
+    second = thresholds.label(output)
+    assert second.target[0, 0, :, 0].tolist() == [0] * 90 + [1] * 10
+    assert second.sure[0, 0, 60:, 0].all(), "that it is too much is known"
+    assert thresholds.next_epoch(ddp=False, most=torch.tensor([0.1])) == pytest.approx(0.75)
+    assert first.target.sum() == 40, "what was handed out stays"
+    assert thresholds.label(output).target.sum() == 10, "the limit goes by what the teacher gives, not by what is left"
+
+
+def test_up_to_the_limit_nothing_is_excess():
+    output = classes(*[[0.96, 0.04]] * 60, *[[0.305, 0.695]] * 40)
+    for most, left in ((0.4, 40), (0.39, 0)):
+        thresholds = Thresholds(0.5, 2, False, CPU)
+        thresholds.label(output)
+        thresholds.next_epoch(ddp=False, most=torch.tensor([most]))
+        assert thresholds.label(output).target.sum() == left
+        assert (thresholds.excess > 0).any() == (left == 0)
+
+
+def test_the_surest_voxels_always_stay():
+    thresholds = Thresholds(0.9, 2, False, CPU)
+    output = torch.tensor([[-100.0, 100.0]]).T.view(1, 2, 1, 1)
+    thresholds.label(output)
+    thresholds.next_epoch(ddp=False, most=torch.tensor([0.1]))
+    assert thresholds.label(output).target.item() == 1
+
+
+def test_a_teacher_that_gives_less_again_is_believed_again():
+    thresholds = Thresholds(0.9, 2, False, CPU)
+    found = []
+    for given in (40, 5, 5):
+        output = classes(*[[0.96, 0.04]] * (100 - given), *[[0.305, 0.695]] * given)
+        found.append(int(thresholds.label(output).target.sum()))
+        thresholds.next_epoch(ddp=False, most=torch.tensor([0.1]))
+    assert found == [40, 0, 5], "every epoch goes by the one before it"
+
+
+def test_every_region_has_a_limit_of_its_own():
+    thresholds = Thresholds(0.9, 2, True, CPU)
+    output = regions(*[[0.705, 0.705]] * 5, *[[0.955, 0.055]] * 5)
+    thresholds.label(output)
+    thresholds.next_epoch(ddp=False, most=torch.tensor([0.5, 0.5]))
+    labels = thresholds.label(output)
+    assert labels.target[0, :, :, 0].tolist() == [[0] * 5 + [1] * 5, [1] * 5 + [0] * 5]
+    assert labels.sure[0, 0].all()
+    assert labels.target.is_floating_point()

@@ -224,7 +224,7 @@ def test_residual_encoder_plans_train_with_nnunets_own_network(make_dataset):
     ("name", "value"),
     [("predict_with", "both"), ("confidence_threshold", 95), ("teacher_decay", 1.0), ("unlabelled_share", 0),
      ("unlabelled_weight", float("inf")), ("unlabelled_ramp", "0.2"), ("cutmix_probability", -0.1),
-     ("guard_every", 2.5), ("remove_islands", "no"), ("strong_augmentation", {"p_blur": 0.1})],
+     ("guard_every", 2.5), ("remove_islands", "no"), ("excess_limit", 0.5), ("strong_augmentation", {"p_blur": 0.1})],
 )  # fmt: skip
 def test_options_out_of_range_are_refused_by_their_names(name, value, make_dataset):
     with pytest.raises(KAFError, match=rf"nnUNetTrainerSemi\.{name}: found {re.escape(repr(value))}, expected"):
@@ -255,6 +255,35 @@ def test_the_network_learns_no_islands_of_what_is_one_piece_in_the_labelled_patc
     assert labels.target[:, 0, 2:6, 2:6].eq(1).all()
     assert labels.target[:, 0, -1, -1].eq(0 if remove else 1).all()
     assert labels.sure.all()
+
+
+@pytest.mark.parametrize(("limit", "left"), [(1.5, False), (float("inf"), True)])
+def test_a_structure_that_swells_beyond_the_labelled_patches_is_taught_as_background(limit, left, make_dataset):
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    trainer = make_dataset().trainer(excess_limit=limit, remove_islands=False, cutmix_probability=0.0)
+
+    def teach(image):
+        logits = torch.full((len(image), 3, *image.shape[2:]), -4.0)
+        logits[:, 2] = 1  # nearly the whole patch
+        logits[:, 2, :2, :2] = 4
+        logits[:, 0, :2] = 0
+        return logits
+
+    trainer._teach = teach
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    out = trainer.train_step(next(trainer.dataloader_train))
+    trainer.on_train_epoch_end([out])
+    record = trainer.semi_history[0]
+    assert record["excess"] == 0, "judged after an epoch"
+    assert all(0 < share <= limit for share in record["limits"])
+    _, labels = trainer._strong_batch(next(trainer._stream))
+    assert labels.target[:, 0, :2, :2].eq(2).all()
+    assert labels.target[:, 0, 2:].eq(2 if left else 0).all()
+    if not left:
+        assert labels.sure[:, 0, 2:].all()
+    assert "excess" in Path(trainer.log_file).read_text()
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
