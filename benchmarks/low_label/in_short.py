@@ -31,7 +31,8 @@ are used, and by which of the ways that this package offers? Each way is compare
 patients, with the same labelled ones and the same number of training steps. Dice is 1 for a perfect segmentation and 0
 for a useless one. A difference is given with its 95 % interval; where that includes 0, the two may be equal. Here are
 the results on test patients of the trainers as they are today, but for a guard that lowered the weight of the
-unlabelled scans more often in some studies, which tell of it; all others follow below.
+unlabelled scans more often, and for a limit to structures that swell in their labels: studies without them tell of it.
+All others follow below.
 
 The short answer, from short trainings of small networks:
 
