@@ -22,11 +22,6 @@ LOWEST, STEP, BINS = -6.0, 0.1, 220
 class Thresholds:
     """The smallest probability of a label that is learned, for every class; set anew after every epoch.
 
-    Of a structure that the teacher gives to more voxels than it may, the least sure ones are excess: they are taught as
-    background. With few labelled cases the teacher takes places that these do not show, like the chest beside labelled
-    heads, for structures. The network learns that and teaches more of it in the next epoch, so that a structure may
-    grow tenfold, while the teacher is sure of it and right in the labelled patches.
-
     That of a structure is `usual`, unless fewer than half of the voxels that the teacher gave to it in the last epoch
     reach that; then it is as low as half of them need. That of the background is at least `usual`, and as high as it
     takes to leave out the least sure 5 % of it.
@@ -36,6 +31,11 @@ class Thresholds:
     probability there. That teaches the network that the structure is not there.
     Thresholds by class are those of FlexMatch (Zhang et al., NeurIPS 2021) and FreeMatch (Wang et al., ICLR 2023); here
     they are quantiles.
+
+    If the teacher gives a structure to more voxels than it may, the least sure of them are excess: they are taught as
+    background. With few labelled cases the teacher takes places that these do not show, like the chest beside labelled
+    heads, for structures. The network learns that, and its next teacher finds more of them. So a structure may grow
+    tenfold, while the teacher is sure of it and right in the labelled patches.
 
     For regions the two labels are absence, which is their background, and presence, region by region.
 
