@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,34 +49,43 @@ class Amounts:
                 voxels = [sizes[: self.structures + 1].sum(), *sizes[1 : self.structures + 1]]
             self._now[self.cases.index(str(key))] += torch.stack(voxels)
 
-    def next_epoch(self, ddp: bool) -> Tensor:
+    def next_epoch(self, ddp: bool, times: float) -> Tensor:
         """Add the epoch's counts, of all processes, to those before it.
 
+        Args:
+            ddp: Whether there are several processes.
+            times: At least so many times the largest share of a case is allowed.
+
         Returns:
-            (structures,) the largest share of each structure in the labelled patches of a case so far; infinite for a
-            structure that no patch has shown yet, of which nothing is known.
+            (structures,) the share of the voxels that may be given to each structure: the largest share in the labelled
+            patches of a case so far, times `times`, or times the largest by the smallest share if that is more. So what
+            differs much between the labelled cases may differ as much beyond them. Infinite for a structure that is
+            not in all of them.
         """
         if ddp:
             dist.all_reduce(self._now)
         self._before += self._now
         self._now.zero_()
-        shares = (self._before[:, 1:] / self._before[:, :1].clamp_min(1)).amax(0)
-        return torch.where(shares > 0, shares, torch.full_like(shares, torch.inf))
+        shares = self._before[:, 1:] / self._before[:, :1].clamp_min(1)
+        most, least = shares.amax(0), shares.amin(0)
+        return torch.where(least > 0, most * (most / least).clamp_min(times), torch.inf)
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued training needs, after an epoch; primitives."""
         return {"cases": self.cases, "voxels": self._before.tolist()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state saved by `state_dict`.
 
         Raises:
             KAFError: It is that of other labelled cases.
         """
-        if state["cases"] != self.cases:
+        lost, new = sorted(set(state["cases"]) - set(self.cases)), sorted(set(self.cases) - set(state["cases"]))
+        if lost or new:
+            parts = [f"{what} {', '.join(cases)}" for what, cases in (("without", lost), ("with", new)) if cases]
             raise KAFError(
-                f"the checkpoint's labelled training cases: found {', '.join(state['cases'])}, expected those of this "
-                f"fold, {', '.join(self.cases)}. splits_final.json has changed since the training began: put the old "
-                "one back to continue, or train again without --c."
+                f"the labelled training cases of this fold: found them {' and '.join(parts)}, expected those that the "
+                "training began with. splits_final.json has changed since, or for fold all the preprocessed cases: "
+                "undo that to continue, or train again without --c."
             )
         self._before = torch.tensor(state["voxels"], dtype=torch.int64, device=self._before.device)

@@ -22,7 +22,8 @@ class PseudoLabels(NamedTuple):
 
     Attributes:
         target: (B, 1, *S) int64 classes, or (B, R, *S) float32 of 0 and 1 for regions.
-        sure: (B, 1, *S) or (B, R, *S) bool, where the teacher is sure.
+        sure: (B, 1, *S) or (B, R, *S) bool, where the label is learned: the teacher is sure of it, or its own was
+            replaced by one that is known.
     """
 
     target: Tensor

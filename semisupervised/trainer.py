@@ -68,14 +68,16 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         unlabelled_ramp: Share of the training's steps over which the weight grows from 0.7 % to 100 % of that.
         unlabelled_share: Unlabelled patches per labelled patch.
         excess_limit: How many times the share that a structure has in the patches of the labelled case with the most of
-            it the teacher may give to the structure; the least sure voxels beyond are taught as background, see
+            it the teacher may give to it; more, if that case has more than so many times the share of the one with the
+            least, see `semisupervised.amounts`. The least sure voxels beyond are taught as background, see
             `semisupervised.thresholds`. `math.inf` for no limit.
         remove_islands: Whether the network learns of a structure that is one piece in the labelled patches the largest
             piece alone, see `semisupervised.islands`.
         cutmix_probability: Probability of a CutMix box in a patch.
         strong_augmentation: A `StrongAugmentation`: all probabilities and ranges of the strong view.
         predict_with: "student" or "teacher", whose weights the final checkpoint and the validation use.
-        guard_every: Steps between measurements of the teacher on labelled patches; the first one of every epoch is one.
+        guard_every: Steps between measurements of the teacher, on labelled patches and by what it gave to the
+            structures; the first one of every epoch is one.
     """
 
     confidence_threshold: float = 0.95
@@ -119,6 +121,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         self._sums = EpochSums(len(classes), self.device)
         outputs = self.label_manager.num_segmentation_heads
         self._thresholds = Thresholds(self.confidence_threshold, outputs, self._regions, self.device)
+        self._amounts = Amounts(len(classes), self._regions, self.do_split()[0], self.device)
         self._islands = Islands(len(classes), self._regions, self.device)
         weights = getattr(self.loss, "weight_factors", (1.0,))
         batch_dice = self.configuration_manager.batch_dice
@@ -152,24 +155,19 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
 
     def _take_state(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         self._restored = state.get(STATE)
-        lacking = [] if self._restored is None else [name for name in _ENTRIES if name not in self._restored]
-        if lacking:
-            raise KAFError(
-                f"the checkpoint's optimizer_state.{STATE}: found no {', '.join(lacking)}, expected all of "
-                f"{', '.join(_ENTRIES)}. It is damaged or of another version of nnunetv2-kaf: continue with that "
-                "version, or train again."
-            )
         return {key: value for key, value in state.items() if key != STATE}
 
     def on_train_start(self) -> None:
         """Find the unlabelled images first, then see nnU-Net; make the teacher from the first weights.
 
         Raises:
-            KAFError: There is no unlabelled image, or one cannot be used.
+            KAFError: There is no unlabelled image, or one cannot be used; or the training cannot be continued.
         """
         check_options(self)
         restored, self._restored = self._restored, None
         if restored is not None:
+            _refuse_if_lacking(restored)
+            self._amounts.load_state_dict(restored["amounts"])
             self.semi_seed = restored["seed"]
             self._guard.load_state_dict(restored["guard"])
             self._thresholds.load_state_dict(restored["thresholds"])
@@ -181,10 +179,6 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         else:
             self._unlabelled = self._find_unlabelled()
         super().on_train_start()
-        labelled = self._labelled_loader._data.identifiers
-        self._amounts = Amounts(len(self._guard.names), self._regions, labelled, self.device)
-        if restored is not None:
-            self._amounts.load_state_dict(restored["amounts"])
         self._announce(self._unlabelled)
         self._teacher = Teacher(unwrapped(self.network), self.teacher_decay, self._do_i_compile())
         if restored is not None:
@@ -206,10 +200,14 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         """nnU-Net's step on the labelled patches, whose gradients are added to those of the unlabelled ones."""
         assert self._teacher is not None, "on_train_start() makes it"
         assert self._stream is not None, "on_train_start() opens it"
+        measure = (
+            self._step % self.num_iterations_per_epoch % self.guard_every == 0
+        )  # at an epoch's first step at least
+        if measure:
+            self._thresholds.refresh(self.is_ddp)
         strong, labels = self._strong_batch(next(self._stream))
         image = batch["data"].to(self.device, non_blocking=True)
-        in_epoch = self._step % self.num_iterations_per_epoch  # at its first step at least
-        check = self._hard_labels(self._teach(image)) if in_epoch % self.guard_every == 0 else None
+        check = self._hard_labels(self._teach(image)) if measure else None
         network = self.network
         self.network = twice = UnlabelledFirst(network, partial(self._learn, strong, labels))
         try:
@@ -263,10 +261,10 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         record = {"epoch": self.current_epoch, "weight": self.current_weight(), **self._sums.finish(self.is_ddp)}
         learned = self.current_epoch + 1 > self.unlabelled_ramp * self.num_epochs
         reasons = self._guard.judge(record["shares"], record["known"], record["agreements"], learned)
-        most = self.excess_limit * self._amounts.next_epoch(self.is_ddp)
+        most = self._amounts.next_epoch(self.is_ddp, self.excess_limit)
         record |= {
+            **self._thresholds.next_epoch(self.is_ddp, most),
             "limits": most.tolist(),
-            "excess": self._thresholds.next_epoch(self.is_ddp, most),
             "thresholds": self._thresholds.values.tolist(),
             "islands": self._islands.next_epoch(self.is_ddp),
             "one_piece": self._islands.one_piece.tolist(),
@@ -287,6 +285,16 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         if self.predict_with == "teacher" and self._teacher is not None:
             unwrapped(self.network).load_state_dict(self._teacher.state_dict())
         super().on_train_end()
+
+
+def _refuse_if_lacking(restored: dict[str, Any]) -> None:
+    lacking = [name for name in _ENTRIES if name not in restored]
+    if lacking:
+        raise KAFError(
+            f"the checkpoint's optimizer_state.{STATE}: found no {', '.join(lacking)}, expected all of "
+            f"{', '.join(_ENTRIES)}. It is damaged or of another version of nnunetv2-kaf: continue with that "
+            "version, or train again."
+        )
 
 
 class nnUNetTrainerKAFSemi(nnUNetTrainerSemi, nnUNetTrainerKAF):  # noqa: N801

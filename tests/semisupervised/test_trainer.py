@@ -265,9 +265,9 @@ def test_a_structure_that_swells_beyond_the_labelled_patches_is_taught_as_backgr
 
     def teach(image):
         logits = torch.full((len(image), 3, *image.shape[2:]), -4.0)
-        logits[:, 2] = 1  # nearly the whole patch
+        logits[:, 0] = 0
+        logits[:, 2] = 1
         logits[:, 2, :2, :2] = 4
-        logits[:, 0, :2] = 0
         return logits
 
     trainer._teach = teach
@@ -277,13 +277,16 @@ def test_a_structure_that_swells_beyond_the_labelled_patches_is_taught_as_backgr
     trainer.on_train_epoch_end([out])
     record = trainer.semi_history[0]
     assert record["excess"] == 0, "judged after an epoch"
-    assert all(0 < share <= limit for share in record["limits"])
+    voxels = trainer._amounts._before.double()
+    shares = voxels[:, 1:] / voxels[:, :1]
+    factors = (shares.amax(0) / shares.amin(0)).clamp_min(limit)
+    assert record["limits"] == pytest.approx((shares.amax(0) * factors).tolist())
+    assert record["given"] == [0, 1]
     _, labels = trainer._strong_batch(next(trainer._stream))
     assert labels.target[:, 0, :2, :2].eq(2).all()
     assert labels.target[:, 0, 2:].eq(2 if left else 0).all()
-    if not left:
-        assert labels.sure[:, 0, 2:].all()
-    assert "excess" in Path(trainer.log_file).read_text()
+    assert left or labels.sure[:, 0, 2:].all()
+    assert ("beyond their limits: b" in Path(trainer.log_file).read_text()) is not left
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
@@ -296,18 +299,31 @@ def test_the_final_checkpoint_holds_the_weights_that_predict(which, make_dataset
     assert equal == (which == "teacher")
 
 
-def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(make_dataset):
-    dataset = make_dataset()
+def continued(dataset, change):
+    """A trainer that continues from a checkpoint whose part of this package was changed."""
     trainer = dataset.trainer()
     interrupted(trainer, 1)
     file = Path(trainer.output_folder) / "checkpoint_latest.pth"
     content = torch.load(file, weights_only=False)
-    del content["optimizer_state"]["semisupervised"]["thresholds"]
+    change(content["optimizer_state"]["semisupervised"])
     torch.save(content, file)
+    again = dataset.trainer()
+    again.load_checkpoint(str(file))  # as --val does, which needs the network alone
+    return again
+
+
+def test_a_training_of_another_version_is_not_continued(make_dataset):
+    again = continued(make_dataset(), lambda state: state.pop("thresholds"))
     with pytest.raises(
         KAFError, match=r"optimizer_state\.semisupervised: found no thresholds, expected all of teacher"
     ):
-        dataset.trainer().load_checkpoint(str(file))
+        again.run_training()
+
+
+def test_a_training_with_other_labelled_cases_is_not_continued(make_dataset):
+    again = continued(make_dataset(), lambda state: state["amounts"]["cases"].append("p9"))
+    with pytest.raises(KAFError, match=r"labelled training cases of this fold: found them without p9"):
+        again.run_training()
 
 
 @pytest.mark.parametrize("cls", BOTH)
