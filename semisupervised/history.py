@@ -34,7 +34,7 @@ def log_lines(record: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     """An epoch in words.
 
     Args:
-        record: Of `EpochSums.finish`, with `weight`, what `Thresholds.next_epoch` returns, the limits that it got, the
+        record: Of `EpochSums.finish`, with `weight`, what `Excess.next_epoch` returns, the limits that it got, the
             share of `islands`, and the guard's verdict in `guard` and `collapse`.
         classes: Names of the foreground classes.
     """
@@ -45,8 +45,8 @@ def log_lines(record: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     lines = [
         f"KAF: labelled loss {record['labelled_loss']:.4f}, unlabelled loss {record['unlabelled_loss']:.4f} with "
         f"weight {record['weight']:.3f}; teacher sure of {100 * record['sure']:.1f} % of the voxels, "
-        f"{100 * record['excess']:.1f} % of its structures taken out as excess and "
-        f"{100 * record['islands']:.1f} % of the rest as islands, its Dice on labelled training patches "
+        f"{100 * record['islands']:.1f} % of its structures taken out as islands and "
+        f"{100 * record['excess']:.1f} % of the rest as excess, its Dice on labelled training patches "
         f"{record['known']:.3f}, agreement with the network {record['agreement']:.3f}"
         + (f"; beyond their limits: {', '.join(beyond)}" if beyond else "")
         + (f"; not in its labels: {', '.join(lacking)}" if lacking else "")

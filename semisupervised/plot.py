@@ -28,8 +28,8 @@ def plot_history(history: Sequence[Mapping[str, Any]], names: Sequence[str], pat
     trust.plot(epochs, [record["sure"] for record in history], label="share of sure voxels")
     trust.plot(epochs, [record["agreement"] for record in history], label="agreement on labelled training patches")
     trust.plot(epochs, [record["known"] for record in history], label="teacher's Dice on labelled training patches")
-    trust.plot(epochs, [record["excess"] for record in history], label="excess taken out of its structures")
     trust.plot(epochs, [record["islands"] for record in history], label="islands taken out of its structures")
+    trust.plot(epochs, [record["excess"] for record in history], label="excess taken out of its structures")
     for record in history:
         if record["collapse"]:
             trust.axvline(record["epoch"], color="red", alpha=0.3)

@@ -22,6 +22,7 @@ from nnunetv2_kaf.precision import autocast
 from nnunetv2_kaf.schedule import schedule_variant
 from nnunetv2_kaf.trainer import nnUNetTrainerKAF, unwrapped
 from semisupervised.amounts import Amounts
+from semisupervised.excess import Excess
 from semisupervised.guard import EpochSums, Guard
 from semisupervised.history import foreground_names, log_lines, write_history
 from semisupervised.islands import Islands
@@ -38,7 +39,7 @@ from semisupervised.unlabelled import Unlabelled
 STATE = "semisupervised"
 """Key of the teacher and the like in the optimiser's state of a checkpoint."""
 # what `_add_state` writes there
-_ENTRIES = ("teacher", "seed", "guard", "thresholds", "amounts", "islands", "history", "unlabelled")
+_ENTRIES = ("teacher", "seed", "guard", "thresholds", "islands", "amounts", "excess", "history", "unlabelled")
 
 
 class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
@@ -67,12 +68,11 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             the labelled training patches of the epoch before. The labelled loss has 1.
         unlabelled_ramp: Share of the training's steps over which the weight grows from 0.7 % to 100 % of that.
         unlabelled_share: Unlabelled patches per labelled patch.
-        excess_limit: How many times the share that a structure has in the patches of the labelled case with the most of
-            it the teacher may give to it; more, if that case has more than so many times the share of the one with the
-            least, see `semisupervised.amounts`. The least sure voxels beyond are taught as background, see
-            `semisupervised.thresholds`. `math.inf` for no limit.
         remove_islands: Whether the network learns of a structure that is one piece in the labelled patches the largest
             piece alone, see `semisupervised.islands`.
+        excess_limit: How many times the share that a structure has in the patches of the labelled case with the most of
+            it the teacher may give to it, see `semisupervised.amounts`; the least sure voxels beyond are taken away
+            from it, see `semisupervised.excess`. `math.inf` for no limit.
         cutmix_probability: Probability of a CutMix box in a patch.
         strong_augmentation: A `StrongAugmentation`: all probabilities and ranges of the strong view.
         predict_with: "student" or "teacher", whose weights the final checkpoint and the validation use.
@@ -85,8 +85,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     unlabelled_weight: float = 1.0
     unlabelled_ramp: float = 0.2
     unlabelled_share: float = 1.0
-    excess_limit: float = 1.5
     remove_islands: bool = True
+    excess_limit: float = 1.5
     cutmix_probability: float = 0.5
     strong_augmentation: StrongAugmentation = StrongAugmentation()
     predict_with: str = "student"
@@ -121,8 +121,9 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         self._sums = EpochSums(len(classes), self.device)
         outputs = self.label_manager.num_segmentation_heads
         self._thresholds = Thresholds(self.confidence_threshold, outputs, self._regions, self.device)
-        self._amounts = Amounts(len(classes), self._regions, self.do_split()[0], self.device)
         self._islands = Islands(len(classes), self._regions, self.device)
+        self._amounts = Amounts(len(classes), self._regions, self.do_split()[0], self.device)
+        self._excess = Excess(len(classes), self._regions, self.device)
         weights = getattr(self.loss, "weight_factors", (1.0,))
         batch_dice = self.configuration_manager.batch_dice
         self._unlabelled_loss = UnlabelledLoss(self._regions, batch_dice, self.is_ddp, weights)
@@ -146,8 +147,9 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             "seed": self.semi_seed,
             "guard": self._guard.state_dict(),
             "thresholds": self._thresholds.state_dict(),
-            "amounts": self._amounts.state_dict(),
             "islands": self._islands.state_dict(),
+            "amounts": self._amounts.state_dict(),
+            "excess": self._excess.state_dict(),
             "history": self.semi_history,
             "unlabelled": self._unlabelled.state_dict(),
         }
@@ -168,6 +170,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         if restored is not None:
             _refuse_if_lacking(restored)
             self._amounts.load_state_dict(restored["amounts"])
+            self._excess.load_state_dict(restored["excess"])
             self.semi_seed = restored["seed"]
             self._guard.load_state_dict(restored["guard"])
             self._thresholds.load_state_dict(restored["thresholds"])
@@ -204,7 +207,7 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
             self._step % self.num_iterations_per_epoch % self.guard_every == 0
         )  # at an epoch's first step at least
         if measure:
-            self._thresholds.refresh(self.is_ddp)
+            self._excess.refresh(self.is_ddp)
         strong, labels = self._strong_batch(next(self._stream))
         image = batch["data"].to(self.device, non_blocking=True)
         check = self._hard_labels(self._teach(image)) if measure else None
@@ -249,9 +252,11 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
     def _strong_batch(self, unlabelled: dict[str, Any]) -> tuple[Tensor, PseudoLabels]:
         """The patches as the network sees them, (m, C, *S), and their labels by the teacher, who sees the weak view."""
         weak = unlabelled["data"].to(self.device, non_blocking=True)
-        labels = self._thresholds.label(self._teach(weak))
+        logits = self._teach(weak)
+        labels = self._thresholds.label(logits)
         if self.remove_islands:
             labels = self._islands.remove(labels)
+        labels = self._excess.remove(logits, labels)
         masked = [i for i, use in enumerate(self.configuration_manager.use_mask_for_norm) if use]
         return strong_batch(weak, labels, unlabelled, masked, self._flat_axis)
 
@@ -261,9 +266,10 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         record = {"epoch": self.current_epoch, "weight": self.current_weight(), **self._sums.finish(self.is_ddp)}
         learned = self.current_epoch + 1 > self.unlabelled_ramp * self.num_epochs
         reasons = self._guard.judge(record["shares"], record["known"], record["agreements"], learned)
+        self._thresholds.next_epoch(self.is_ddp)
         most = self._amounts.next_epoch(self.is_ddp, self.excess_limit)
         record |= {
-            **self._thresholds.next_epoch(self.is_ddp, most),
+            **self._excess.next_epoch(self.is_ddp, most),
             "limits": most.tolist(),
             "thresholds": self._thresholds.values.tolist(),
             "islands": self._islands.next_epoch(self.is_ddp),

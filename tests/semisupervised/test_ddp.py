@@ -72,7 +72,7 @@ def train(folder: Path, configuration: str, batch_dice: bool, rank: int, ranks: 
         trainer.loss.weight_factors = trainer._unlabelled_loss.weights = tuple(weights / weights.sum())
     for step in range(2 * STEPS):
         if step == STEPS:  # an epoch has ended
-            trainer._thresholds.next_epoch(trainer.is_ddp, torch.tensor([0.1, 0.1]))
+            trainer._excess.next_epoch(trainer.is_ddp, torch.tensor([0.1, 0.1]))
         batch = labelled(step, len(plans["configurations"][configuration]["patch_size"]), 3, scales)
         own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
         part = {"data": batch["data"][own], "target": [t[own] for t in batch["target"]], "keys": batch["keys"][own]}
@@ -81,8 +81,10 @@ def train(folder: Path, configuration: str, batch_dice: bool, rank: int, ranks: 
     record = trainer._sums.finish(trainer.is_ddp)
     most = trainer._amounts.next_epoch(trainer.is_ddp, 1.5)
     record["amounts"] = trainer._amounts.state_dict()
-    record |= trainer._thresholds.next_epoch(trainer.is_ddp, most)
-    record["thresholds"] = trainer._thresholds.state_dict()
+    record |= trainer._excess.next_epoch(trainer.is_ddp, most)
+    record["cut"] = trainer._excess.cut[1:].tolist()
+    trainer._thresholds.next_epoch(trainer.is_ddp)
+    record["thresholds"] = trainer._thresholds.values.tolist()
     record["islands"] = trainer._islands.next_epoch(trainer.is_ddp)
     record["pieces"] = trainer._islands.state_dict()
     return {"network": network.state_dict(), "teacher": trainer._teacher.state_dict(), "record": record}
@@ -129,8 +131,8 @@ def test_two_processes_equal_one(dims, batch_dice, make_dataset, tmp_path):
                 torch.testing.assert_close(result[key][name], tensor, atol=2e-5, rtol=1e-4, msg=f"{rank} {key} {name}")
         assert result["record"]["sure"] == pytest.approx(alone["record"]["sure"], abs=1e-4)
         assert result["record"]["shares"] == pytest.approx(alone["record"]["shares"], abs=1e-4)
-        for key in ("values", "excess", "most"):
-            assert result["record"]["thresholds"][key] == pytest.approx(alone["record"]["thresholds"][key], abs=1e-5)
+        assert result["record"]["thresholds"] == pytest.approx(alone["record"]["thresholds"], abs=1e-5)
+        assert result["record"]["cut"] == pytest.approx(alone["record"]["cut"], abs=1e-5)
         assert result["record"]["given"] == pytest.approx(alone["record"]["given"], abs=1e-4)
         assert result["record"]["excess"] == pytest.approx(alone["record"]["excess"], abs=1e-3)
         assert result["record"]["amounts"] == alone["record"]["amounts"]
@@ -138,7 +140,7 @@ def test_two_processes_equal_one(dims, batch_dice, make_dataset, tmp_path):
         assert result["record"]["pieces"] == alone["record"]["pieces"]
         for key in ("agreement", "known"):
             assert result["record"][key] == pytest.approx(alone["record"][key], abs=1e-3)
-    assert len({round(value, 4) for value in alone["record"]["thresholds"]["values"]}) > 1
+    assert len({round(value, 4) for value in alone["record"]["thresholds"]}) > 1
     assert alone["record"]["excess"] > 0
     assert min(voxels[0] for voxels in alone["record"]["amounts"]["voxels"]) > 0
     assert alone["record"]["islands"] > 0

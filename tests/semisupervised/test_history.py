@@ -25,7 +25,7 @@ def test_classes_have_the_names_of_the_dataset_in_the_order_of_the_outputs():
 def test_an_epoch_in_words():
     assert log_lines(record(shares=[0.1, 0.2]), ["left", "right"]) == [
         "KAF: labelled loss 0.7500, unlabelled loss 0.5000 with weight 0.500; teacher sure of 25.0 % of the voxels, "
-        "37.5 % of its structures taken out as excess and 12.5 % of the rest as islands, its Dice on labelled training "
+        "12.5 % of its structures taken out as islands and 37.5 % of the rest as excess, its Dice on labelled training "
         "patches 0.625, agreement with the network 0.900"
     ]
     assert log_lines(record(shares=[0.1, 0.2], given=[0.3, 0.3]), ["left", "right"])[0].endswith(

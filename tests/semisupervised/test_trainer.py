@@ -261,7 +261,7 @@ def test_the_network_learns_no_islands_of_what_is_one_piece_in_the_labelled_patc
 def test_a_structure_that_swells_beyond_the_labelled_patches_is_taught_as_background(limit, left, make_dataset):
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
-    trainer = make_dataset().trainer(excess_limit=limit, remove_islands=False, cutmix_probability=0.0)
+    trainer = make_dataset().trainer(excess_limit=limit, remove_islands=False, cutmix_probability=0.0, guard_every=1)
 
     def teach(image):
         logits = torch.full((len(image), 3, *image.shape[2:]), -4.0)
@@ -286,6 +286,11 @@ def test_a_structure_that_swells_beyond_the_labelled_patches_is_taught_as_backgr
     assert labels.target[:, 0, :2, :2].eq(2).all()
     assert labels.target[:, 0, 2:].eq(2 if left else 0).all()
     assert left or labels.sure[:, 0, 2:].all()
+    trainer._excess.most[:] = 1
+    trainer.train_step(next(trainer.dataloader_train))
+    assert torch.isfinite(trainer._excess.cut).any() is not left, "judged at the beginning of a step"
+    trainer.train_step(next(trainer.dataloader_train))
+    assert not torch.isfinite(trainer._excess.cut).any(), "and again within the epoch"
     assert ("beyond their limits: b" in Path(trainer.log_file).read_text()) is not left
 
 
