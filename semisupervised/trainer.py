@@ -203,9 +203,8 @@ class nnUNetTrainerSemi(TrainerWithUnlabelledImages):  # noqa: N801
         """nnU-Net's step on the labelled patches, whose gradients are added to those of the unlabelled ones."""
         assert self._teacher is not None, "on_train_start() makes it"
         assert self._stream is not None, "on_train_start() opens it"
-        measure = (
-            self._step % self.num_iterations_per_epoch % self.guard_every == 0
-        )  # at an epoch's first step at least
+        in_epoch = self._step % self.num_iterations_per_epoch
+        measure = in_epoch % self.guard_every == 0  # at its first step at least
         if measure:
             self._excess.refresh(self.is_ddp)
         strong, labels = self._strong_batch(next(self._stream))
