@@ -30,9 +30,8 @@ The question: a few patients are labelled, many are not; how much better is the 
 are used, and by which of the ways that this package offers? Each way is compared with plain nnU-Net on the same
 patients, with the same labelled ones and the same number of training steps. Dice is 1 for a perfect segmentation and 0
 for a useless one. A difference is given with its 95 % interval; where that includes 0, the two may be equal. Here are
-the results on test patients of the trainers as they are today, but that the semi-supervised ones had a stricter guard
-in some studies, and in most of them no limit for structures that swell in their labels; each study says so. All others
-follow below.
+the results on test patients of the trainers as they are today, but that the semi-supervised ones had no limit yet for
+structures that swell in their labels, and in some studies, which say so, a stricter guard. All others follow below.
 
 The short answer, from short trainings of small networks:
 
