@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from semisupervised.histogram import add_to_histogram
 from semisupervised.losses import PseudoLabels
 
 STEP, BINS = 0.1, 400
@@ -66,11 +67,7 @@ class Excess:
             others = logits.scatter(1, target, -torch.inf)
             sure = logits.gather(1, target) - others.amax(1, keepdim=True)
             which = target
-        place = which * BINS + (sure / STEP).nan_to_num(0).clamp(0, BINS - 1).long()
-        # whole numbers: the order of the sum does not matter
-        counts = torch.zeros(self._since.numel(), dtype=torch.int32, device=place.device)
-        counts.scatter_add_(0, place.flatten(), torch.ones_like(place, dtype=torch.int32).flatten())
-        self._since += counts.view_as(self._since)
+        add_to_histogram(self._since, which, (sure / STEP).nan_to_num(0).clamp(0, BINS - 1).long())
         self._steps += 1
         excess = sure < self.cut[which]
         self._removed += excess.sum()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from semisupervised.histogram import add_to_histogram
 from semisupervised.losses import PseudoLabels, hard_labels
 
 LEARNED = 0.5
@@ -63,12 +64,7 @@ class Thresholds:
         which = target.long()
         if self.regions:
             which = which + 2 * torch.arange(which.shape[1], device=which.device).view(-1, *[1] * (which.ndim - 2))
-        bins = ((torch.logit(probability, eps=1e-7) - LOWEST) / STEP).long().clamp(0, BINS - 1)
-        place = which * BINS + bins
-        # whole numbers: the order of the sum does not matter
-        counts = torch.zeros(self._counts.numel(), dtype=torch.int32, device=place.device)
-        counts.scatter_add_(0, place.flatten(), torch.ones_like(place, dtype=torch.int32).flatten())
-        self._counts += counts.view_as(self._counts)
+        add_to_histogram(self._counts, which, ((torch.logit(probability, eps=1e-7) - LOWEST) / STEP).long())
         return PseudoLabels(target, probability >= self.values[which])
 
     def next_epoch(self, ddp: bool) -> None:
