@@ -22,9 +22,9 @@ class Excess:
     """Takes voxels away from a structure that the teacher gives to more voxels than it may: those it is least sure of.
 
     With few labelled cases the teacher takes places that these do not show, like the chest beside labelled heads, for
-    structures. The network learns that, and its next teacher finds more of them. So a structure may grow many times over, while
-    the teacher is sure of it and right in the labelled patches. Excess is taught as background, unless the teacher's
-    second guess is another structure that is within its limit: there it is left out of the loss.
+    structures. The network learns that, and its next teacher finds more of them. So a structure may grow many
+    times over, while the teacher is sure of it and right in the labelled patches. Excess is taught as background,
+    unless the teacher's second guess is another structure that is within its limit: there it is left out of the loss.
 
     How sure the teacher is of a class is how far its logit is above that of the second guess; of a region, its logit.
     The absence of a region is left out of the loss where another region stays, which may be a part of it.
